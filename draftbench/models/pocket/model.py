@@ -1,0 +1,179 @@
+"""Pocket: a text-to-video diffusion transformer small enough to ship, with the anatomy of the large ones.
+
+Pixel space, 4x4 patches, joint attention over [video | text], 3D RoPE on video tokens, QK-norm, adaLN, SwiGLU;
+rectified flow with x-prediction. Any grid: spatial RoPE coordinates are scaled so that every frame is
+`BASE_WIDTH` units wide, and the scale itself is an input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .prompts import LENGTH, WORDS
+
+BASE_WIDTH = 24  # patches; the width at which RoPE coordinates have unit steps
+
+Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
+
+@dataclass(frozen=True)
+class PocketConfig:
+    """Shape of the network; saved in the metadata of the weights file."""
+
+    width: int = 384
+    depth: int = 6
+    heads: int = 3
+    hidden: int = 896
+    patch: int = 4
+
+    @property
+    def head_dim(self) -> int:
+        """Channels per attention head."""
+        return self.width // self.heads
+
+    def as_strings(self) -> dict[str, str]:
+        """The fields as strings, the only kind safetensors metadata holds."""
+        return {key: str(value) for key, value in asdict(self).items()}
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+    """Plain dense attention on [B, S, H, D]; the default of an unpatched model."""
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+def rope_angles(grid: tuple[int, int, int], head_dim: int, text: int, device: torch.device) -> Tensor:
+    """Rotation angles [S + text, head_dim / 2] of a (T, H, W) grid; text tokens are not rotated."""
+    frames, height, width = grid
+    pairs = head_dim // 2
+    n_t = pairs // 4
+    n_y = (pairs - n_t) // 2
+    n_x = pairs - n_t - n_y
+    unit = BASE_WIDTH / width
+    t = torch.arange(frames, device=device, dtype=torch.float32)
+    y = (torch.arange(height, device=device, dtype=torch.float32) + 0.5 - height / 2) * unit
+    x = (torch.arange(width, device=device, dtype=torch.float32) + 0.5 - width / 2) * unit
+
+    def waves(n: int) -> Tensor:
+        return 100.0 ** (-torch.arange(n, device=device, dtype=torch.float32) / n)
+
+    angles = torch.cat(
+        [
+            (t[:, None] * waves(n_t)).view(frames, 1, 1, n_t).expand(frames, height, width, n_t),
+            (y[:, None] * waves(n_y)).view(1, height, 1, n_y).expand(frames, height, width, n_y),
+            (x[:, None] * waves(n_x)).view(1, 1, width, n_x).expand(frames, height, width, n_x),
+        ],
+        dim=-1,
+    ).reshape(-1, pairs)
+    return torch.cat([angles, angles.new_zeros(text, pairs)])
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on x [B, S, H, D] by half-split pairs; cos and sin are [S, 1, D / 2]."""
+    a, b = x.float().chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+class Block(nn.Module):
+    """One transformer block: modulated attention and SwiGLU, each with a gated residual."""
+
+    def __init__(self, config: PocketConfig):
+        super().__init__()
+        d, self.heads = config.width, config.heads
+        self.qkv = nn.Linear(d, 3 * d, bias=False)
+        self.out = nn.Linear(d, d, bias=False)
+        self.up = nn.Linear(d, 2 * config.hidden, bias=False)
+        self.down = nn.Linear(config.hidden, d, bias=False)
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
+        self.table = nn.Parameter(torch.randn(6, d) * 0.02)
+
+    def project(self, x: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states [B, S, width] to q, k, v [B, S, heads, head_dim], normalised and rotated."""
+        m = self._modulate(x, modulation)
+        y = F.rms_norm(x, (x.shape[-1],), eps=1e-6) * (1 + m[:, 1]) + m[:, 0]
+        q, k, v = self.qkv(y).view(*x.shape[:2], 3, self.heads, -1).unbind(2)
+        return rotate(self.q_norm(q).to(v.dtype), cos, sin), rotate(self.k_norm(k).to(v.dtype), cos, sin), v
+
+    def finish(self, x: Tensor, attended: Tensor, modulation: Tensor) -> Tensor:
+        """The attention's residual, then the feed-forward's. x [B, S, width], attended [B, S, heads, head_dim]."""
+        m = self._modulate(x, modulation)
+        x = x + m[:, 2] * self.out(attended.reshape(x.shape))
+        y = F.rms_norm(x, (x.shape[-1],), eps=1e-6) * (1 + m[:, 4]) + m[:, 3]
+        gate, up = self.up(y).chunk(2, -1)
+        return x + m[:, 5] * self.down(F.silu(gate) * up)
+
+    def _modulate(self, x: Tensor, modulation: Tensor) -> Tensor:
+        return (modulation.view(len(x), 6, -1) + self.table).to(x.dtype).unsqueeze(2)
+
+
+class PocketDiT(nn.Module):
+    """The denoiser: noisy pixels, noise level and prompt tokens to clean pixels.
+
+    `attend(q, k, v, layer)` on [B, S, H, D] is an attribute, so a hook replaces and restores it.
+    """
+
+    def __init__(self, config: PocketConfig | None = None):
+        super().__init__()
+        self.config = config = config or PocketConfig()
+        d, pixels = config.width, 3 * config.patch**2
+        self.attend: Attend = dense
+        self.project, self.finish = Block.project, Block.finish
+        self.inp = nn.Linear(pixels, d)
+        self.words = nn.Embedding(len(WORDS), d)
+        self.places = nn.Parameter(torch.randn(LENGTH, d) * 0.02)
+        self.time = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
+        self.scale = nn.Linear(1, d)
+        self.modulation = nn.Linear(d, 6 * d)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.last = nn.Linear(d, 2 * d)
+        self.out = nn.Linear(d, pixels)
+        for layer in (self.out, self.modulation, self.last):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def compile(self) -> None:
+        """Compile what lies between attentions; the two graphs are shared by all blocks, attention stays outside."""
+        self.project = torch.compile(Block.project, dynamic=False)
+        self.finish = torch.compile(Block.finish, dynamic=False)
+
+    def grid(self, video: Tensor) -> tuple[int, int, int]:
+        """The token grid (T, H, W) of pixels [B, T, 3, h, w]."""
+        p = self.config.patch
+        return video.shape[1], video.shape[3] // p, video.shape[4] // p
+
+    def forward(self, video: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
+        """Clean-video prediction.
+
+        video: noisy pixels [B, T, 3, h, w], about [-1, 1] plus noise; t: noise level [B] in [0, 1]; tokens: prompt
+        ids [B, LENGTH]. Returns pixels of the same shape as video.
+        """
+        frames, height, width = self.grid(video)
+        batch, p = video.shape[0], self.config.patch
+        patches = video.view(batch, frames, 3, height, p, width, p).permute(0, 1, 3, 5, 2, 4, 6)
+        patches = patches.reshape(batch, frames * height * width, -1)
+        waves = torch.exp(-math.log(1e4) * torch.arange(128, device=video.device) / 128)
+        phase = t[:, None] * 1000 * waves
+        text = self.words(tokens) + self.places
+        zoom = torch.full((batch, 1), math.log2(width / BASE_WIDTH), device=video.device)
+        c = self.time(torch.cat([phase.cos(), phase.sin()], -1).to(self.inp.weight.dtype))
+        c = F.silu(c + self.scale(zoom.to(self.inp.weight.dtype)) + text.mean(1))
+        angles = rope_angles((frames, height, width), self.config.head_dim, LENGTH, video.device)[:, None]
+        cos, sin = angles.cos(), angles.sin()
+        x = torch.cat([self.inp(patches.to(self.inp.weight.dtype)), text.to(self.inp.weight.dtype)], 1)
+        if torch.is_autocast_enabled(video.device.type):
+            x = x.to(torch.get_autocast_dtype(video.device.type))
+        modulation = self.modulation(c)
+        for layer, block in enumerate(self.blocks):
+            q, k, v = self.project(block, x, modulation, cos, sin)
+            x = self.finish(block, x, self.attend(q, k, v, layer), modulation)
+        shift, scale = self.last(c)[:, None].chunk(2, -1)
+        x = x[:, :-LENGTH]
+        y = self.out((F.rms_norm(x, (x.shape[-1],), eps=1e-6) * (1 + scale) + shift).to(self.out.weight.dtype))
+        y = y.view(batch, frames, height, width, 3, p, p).permute(0, 1, 4, 2, 5, 3, 6)
+        return y.reshape(video.shape)
