@@ -98,7 +98,11 @@ class Block(nn.Module):
         m = self._modulate(x, modulation)
         y = F.rms_norm(x, (x.shape[-1],), eps=1e-6) * (1 + m[:, 1]) + m[:, 0]
         q, k, v = self.qkv(y).view(*x.shape[:2], 3, self.heads, -1).unbind(2)
-        return rotate(self.q_norm(q).to(v.dtype), cos, sin), rotate(self.k_norm(k).to(v.dtype), cos, sin), v
+        q, k = (
+            rotate(F.rms_norm(x, (x.shape[-1],), norm.weight.to(x.dtype), eps=1e-6), cos, sin)
+            for x, norm in ((q, self.q_norm), (k, self.k_norm))
+        )
+        return q, k, v
 
     def finish(self, x: Tensor, attended: Tensor, modulation: Tensor) -> Tensor:
         """The attention's residual, then the feed-forward's. x [B, S, width], attended [B, S, heads, head_dim]."""

@@ -57,9 +57,10 @@ def _render(worker: int, seed: int, scenes: list[int], limit: int, video: Tensor
     """Fill this worker's slots of a shared ring; `limit` clips a scene, or endlessly if 0."""
     torch.set_num_threads(1)
     slots = len(video) // len(count)
+    frames, _, height, width = video.shape[1:]
     while True:
         for scene in scenes:
-            source = clips(scene, seed + 1000 * worker + scene, FRAMES, HEIGHT, WIDTH)
+            source = clips(scene, seed + 1000 * worker + scene, frames, height, width)
             for made, (clip, motion) in enumerate(source, 1):
                 slot = worker * slots + int(count[worker]) % slots
                 video[slot] = torch.from_numpy(clip)
@@ -173,51 +174,53 @@ def train(settings: Settings) -> dict[str, Any]:
     if device == "cuda":
         model.compile()
     captions, curve, total, step, grids_seen = _captions(device), [], torch.zeros((), device=device), 0, {}
-    while source.seen < 40 * settings.workers // 2:
-        time.sleep(0.5)
-        source.take()
-    started, seconds, saved = time.time(), 60 * settings.minutes, time.time()
-    while (elapsed := time.time() - started) < seconds:
-        done = elapsed / seconds
-        phase = next(i for i, p in enumerate(PHASES) if done < p[0])
-        if phase == len(PHASES) - 1 and step % REHEARSE == 0:
-            phase = step // REHEARSE % 2
-        _, grid, size, mean = PHASES[phase]
-        grids_seen[str(grid)] = grids_seen.get(str(grid), 0) + size
-        source.take()
-        rate = min(1.0, (step + 1) / 200) * (1 if done < 0.6 else max(0.02, (1 - done) / 0.4))
-        for optimiser, base in zip(optimisers, base_rates, strict=True):
-            optimiser.param_groups[0]["lr"] = base * rate
-        clean, labels = source.batch(size, grid)
-        drop = torch.rand(size, device=device)
-        motion = torch.where((drop < 0.1) | ((drop > 0.1) & (drop < 0.15)), len(MOTIONS), labels[:, 0])
-        scene = torch.where((drop < 0.1) | (drop > 0.95), len(SCENES), labels[:, 1])
-        text = captions[torch.randint(0, 2, (size,), device=device), motion, scene]
-        t = torch.sigmoid(torch.randn(size, device=device) + mean)
-        level = t.view(-1, 1, 1, 1, 1)
-        noisy = (1 - level) * clean + level * torch.randn_like(clean)
-        with torch.autocast(device, torch.bfloat16):
-            guess = model(noisy, t, text)
-        loss = ((guess.float() - clean) / level.clamp(min=0.05)).square().mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimiser in optimisers:
-            optimiser.step()
-            optimiser.zero_grad()
-        step += 1
-        keep = min(0.998, (1 + step) / (10 + step))
-        with torch.no_grad():
-            state = model.state_dict()
-            torch._foreach_lerp_([average[n] for n in average], [state[n] for n in average], 1 - keep)
-        total += loss.detach()
-        if step % 50 == 0:
-            curve.append([step, round(elapsed, 1), list(grid), round(total.item() / 50, 5)])
-            print(f"step {step} {elapsed:.0f} s grid {grid} loss {total.item() / 50:.4f} clips {source.seen}", flush=True)
-            total.zero_()
-        if time.time() - saved > 120:
-            save(model, average, out / "pocket.safetensors")
-            saved = time.time()
-    source.stop()
+    try:
+        while source.seen < 40 * settings.workers // 2:
+            time.sleep(0.5)
+            source.take()
+        started, seconds, saved = time.time(), 60 * settings.minutes, time.time()
+        while (elapsed := time.time() - started) < seconds:
+            done = elapsed / seconds
+            phase = next(i for i, p in enumerate(PHASES) if done < p[0])
+            if phase == len(PHASES) - 1 and step % REHEARSE == 0:
+                phase = step // REHEARSE % 2
+            _, grid, size, mean = PHASES[phase]
+            grids_seen[str(grid)] = grids_seen.get(str(grid), 0) + size
+            source.take()
+            rate = min(1.0, (step + 1) / 200) * (1 if done < 0.6 else max(0.02, (1 - done) / 0.4))
+            for optimiser, base in zip(optimisers, base_rates, strict=True):
+                optimiser.param_groups[0]["lr"] = base * rate
+            clean, labels = source.batch(size, grid)
+            drop = torch.rand(size, device=device)
+            motion = torch.where((drop < 0.1) | ((drop > 0.1) & (drop < 0.15)), len(MOTIONS), labels[:, 0])
+            scene = torch.where((drop < 0.1) | (drop > 0.95), len(SCENES), labels[:, 1])
+            text = captions[torch.randint(0, 2, (size,), device=device), motion, scene]
+            t = torch.sigmoid(torch.randn(size, device=device) + mean)
+            level = t.view(-1, 1, 1, 1, 1)
+            noisy = (1 - level) * clean + level * torch.randn_like(clean)
+            with torch.autocast(device, torch.bfloat16):
+                guess = model(noisy, t, text)
+            loss = ((guess.float() - clean) / level.clamp(min=0.05)).square().mean()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimiser in optimisers:
+                optimiser.step()
+                optimiser.zero_grad()
+            step += 1
+            keep = min(0.998, (1 + step) / (10 + step))
+            with torch.no_grad():
+                state = model.state_dict()
+                torch._foreach_lerp_([average[n] for n in average], [state[n] for n in average], 1 - keep)
+            total += loss.detach()
+            if step % 50 == 0:
+                curve.append([step, round(elapsed, 1), list(grid), round(total.item() / 50, 5)])
+                print(f"step {step} {elapsed:.0f} s grid {grid} loss {total.item() / 50:.4f} clips {source.seen}", flush=True)
+                total.zero_()
+            if time.time() - saved > 120:
+                save(model, average, out / "pocket.safetensors")
+                saved = time.time()
+    finally:
+        source.stop()
     save(model, average, out / "pocket.safetensors")
     card = {
         "settings": vars(settings), "steps": step, "clips_rendered": source.seen, "clips_trained": grids_seen,
