@@ -1,0 +1,223 @@
+"""What a method is, what it is told, and the meter that counts what was really executed.
+
+A method decides a `Plan` for one attention call; an executor (draftbench.kernels) runs the plan and counts the
+(query, key) pairs of the lists it read, so density is measured and never claimed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .layout import Identity, Layout, Order
+
+
+@dataclass
+class Plan:
+    """Which (query, key) blocks one attention call executes.
+
+    q_order, kv_order: how the video tokens are arranged before they are cut into blocks; text stays behind.
+    q_offsets, kv_offsets: block starts and the end in the ordered sequence, int32 [B, H or 1, blocks + 1].
+    counts: kept key blocks of each query block, int32 [B, H, q_blocks].
+    blocks: their indices, int32 [B, H, q_blocks, capacity]; entries from counts on are never read.
+    q_block, kv_block: upper bounds of the block sizes in tokens.
+    fallbacks: number of query rows that kept nothing and were given their best block, int64 tensor [] or None.
+    """
+
+    q_offsets: Tensor
+    kv_offsets: Tensor
+    counts: Tensor
+    blocks: Tensor
+    q_block: int
+    kv_block: int
+    q_order: Order = field(default_factory=Identity)
+    kv_order: Order = field(default_factory=Identity)
+    fallbacks: Tensor | None = None
+
+
+class Executor(Protocol):
+    """Runs a plan: (q, k, v [B, S, H, D], plan, layout) -> (output [B, S, H, D], LSE [B, H, S], natural log)."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, layout: Layout) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass
+class Meter:
+    """Counts (query, key) pairs on the device, by the executor's lists; reading it is the only synchronisation."""
+
+    video_kept: Tensor | float = 0.0
+    video_all: Tensor | float = 0.0
+    kept: Tensor | float = 0.0
+    all: Tensor | float = 0.0
+    fallbacks: Tensor | float = 0.0
+    calls: int = 0
+    sparse_calls: int = 0
+
+    def add_dense(self, layout: Layout, text_lengths: Tensor, heads: int) -> None:
+        """One dense call: every real pair is executed."""
+        pairs = ((layout.video + text_lengths.double()) ** 2).sum() * heads
+        self.kept, self.all, self.calls = self.kept + pairs, self.all + pairs, self.calls + 1
+
+    def add_plan(self, plan: Plan, layout: Layout, text_lengths: Tensor, heads: int) -> None:
+        """One executed plan, summed from its lists."""
+        kept, video = count_pairs(plan, layout)
+        real = layout.video + text_lengths.double()
+        self.kept, self.video_kept = self.kept + kept, self.video_kept + video
+        self.all = self.all + (real**2).sum() * heads
+        self.video_all = self.video_all + float(layout.video) ** 2 * len(text_lengths) * heads
+        self.calls, self.sparse_calls = self.calls + 1, self.sparse_calls + 1
+        if plan.fallbacks is not None:
+            self.fallbacks = self.fallbacks + plan.fallbacks
+
+    def sparsity(self) -> float:
+        """1 - density over the video-by-video pairs of the calls where the method was active; 0 if there were none."""
+        return 1 - float(self.video_kept) / float(self.video_all) if self.sparse_calls else 0.0
+
+    def density(self) -> float:
+        """Executed over all real pairs, of all steps, layers, heads, text and dense exceptions."""
+        return float(self.kept) / float(self.all) if self.calls else 1.0
+
+
+def count_pairs(plan: Plan, layout: Layout) -> tuple[Tensor, Tensor]:
+    """(All, video-by-video) real pairs that the plan's lists execute, float64 tensors []; no synchronisation."""
+    heads, capacity = plan.counts.shape[1], plan.blocks.shape[-1]
+
+    def sizes(starts: Tensor) -> tuple[Tensor, Tensor]:
+        size = starts.diff(dim=-1).expand(-1, heads, -1).double()
+        return size, size * (starts[..., :-1] < layout.video)
+
+    q_size, q_video = sizes(plan.q_offsets)
+    kv_size, kv_video = sizes(plan.kv_offsets)
+    live = torch.arange(capacity, device=plan.counts.device) < plan.counts[..., None]
+    where = torch.where(live, plan.blocks, 0).long().flatten(2)
+
+    def keys(size: Tensor) -> Tensor:
+        return (size.expand(len(where), -1, -1).gather(2, where).view(live.shape) * live).sum(-1)
+
+    return (keys(kv_size) * q_size).sum(), (keys(kv_video) * q_video).sum()
+
+
+@dataclass
+class Call:
+    """What a method is told of one attention call.
+
+    step counts from 0 of `steps`, from the scheduler; layer and branch ("cond", "uncond" or "both" when the guidance
+    branches are one batch) identify the call; text_lengths is the real text of each item, int64 [B] on the device;
+    seeds has one entry an item. `state` is kept by (layer, branch) and reset for each video.
+    """
+
+    layout: Layout
+    step: int
+    steps: int
+    layer: int
+    branch: str
+    text_lengths: Tensor
+    seeds: tuple[int, ...]
+    head_offset: int
+    state: dict[str, Any]
+    executor: Executor
+    meter: Meter
+
+    def execute(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Run the plan and count it; output [B, S, H, D]."""
+        return self.execute_lse(plan, q, k, v)[0]
+
+    def execute_lse(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """As `execute`, with the log-sum-exp of the scaled scores [B, H, S] too."""
+        result = self.executor(q, k, v, plan, self.layout)
+        self.meter.add_plan(plan, self.layout, self.text_lengths, q.shape[2])
+        return result
+
+    def generator(self, item: int, device: torch.device) -> torch.Generator:
+        """A generator fixed by the item's seed, the step, the layer and the branch, whatever else is in the batch."""
+        branch = {"cond": 0, "uncond": 1, "both": item >= len(self.seeds) // 2}[self.branch]
+        key = (((self.seeds[item] * 4096 + self.step) * 256 + self.layer) * 2 + int(branch)) % 2**62
+        return torch.Generator(device).manual_seed(key)
+
+
+@dataclass
+class Method:
+    """A sparse attention method; a subclass is one file in methods/ and decides a `Plan`.
+
+    sparsity: the share of video-by-video pairs to drop, in [0, 1).
+    """
+
+    sparsity: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
+
+    def plan(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Plan:
+        """Decide the plan of one call; q, k, v are [B, S, H, D], [video | text], after QK-norm and RoPE."""
+        raise NotImplementedError
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        """Attention output [B, S, H, D]; a method that is more than a plan overrides this."""
+        return call.execute(self.plan(q, k, v, call), q, k, v)
+
+
+@dataclass(frozen=True)
+class DenseParts:
+    """Which steps and layers stay dense, the same for every method.
+
+    steps: share of the steps from the first, rounded up; timestep: also dense while the scheduler's timestep is above
+    it; layers: number of layers from the first.
+    """
+
+    steps: float = 0.25
+    timestep: float | None = None
+    layers: int = 0
+
+    def covers(self, step: int, steps: int, timestep: float, layer: int) -> bool:
+        """Whether this call stays dense."""
+        early = step < math.ceil(self.steps * steps - 1e-9)
+        return early or layer < self.layers or (self.timestep is not None and timestep > self.timestep)
+
+
+DenseKernel = Callable[[Tensor, Tensor, Tensor, Layout, Tensor], Tensor]
+
+
+class Session:
+    """One generation under one method: routes every self-attention call to the method or to the dense kernel.
+
+    An adapter calls `at_step` from its scheduler and the session itself from its attention hook.
+    """
+
+    def __init__(self, method: Method | None, executor: Executor, dense: DenseKernel, parts: DenseParts):
+        self.method, self.executor, self.dense, self.parts = method, executor, dense, parts
+        self.meter = Meter()
+        self.step, self.steps, self.timestep = 0, 1, math.inf
+        self.states: dict[tuple[int, str], dict[str, Any]] = {}
+
+    def start(self) -> None:
+        """Begin a new video: forget the methods' state; the meter goes on."""
+        self.states.clear()
+
+    def at_step(self, step: int, steps: int, timestep: float) -> None:
+        """Tell the step (from 0), the number of steps and the scheduler's timestep of the calls that follow."""
+        self.step, self.steps, self.timestep = step, steps, timestep
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, layout: Layout, text_lengths: Tensor, layer: int, branch: str,
+        seeds: tuple[int, ...], head_offset: int = 0,
+    ) -> Tensor:  # fmt: skip
+        """Attention over [video | text] q, k, v [B, S, H, D]; padding rows of the result are zero."""
+        if self.method is None or self.parts.covers(self.step, self.steps, self.timestep, layer):
+            self.meter.add_dense(layout, text_lengths, q.shape[2])
+            return self.dense(q, k, v, layout, text_lengths)
+        state = self.states.setdefault((layer, branch), {})
+        call = Call(
+            layout, self.step, self.steps, layer, branch, text_lengths, seeds, head_offset, state, self.executor,
+            self.meter,
+        )  # fmt: skip
+        before = self.meter.sparse_calls
+        result = self.method.attend(q, k, v, call)
+        if self.meter.sparse_calls == before:
+            raise RuntimeError(f"{type(self.method).__name__} executed no plan, so its density cannot be measured")
+        return result
