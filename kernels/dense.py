@@ -1,0 +1,34 @@
+"""The dense kernel of the reference video, of a method's dense steps and layers, and of every baseline timing."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..layout import Layout
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, layout: Layout, text_lengths: Tensor) -> Tensor:
+    """Dense attention [B, S, H, D] over the real tokens of each item; rows of text padding come out as zero.
+
+    cuDNN's kernel on a GPU, torch's flash attention on a CPU. Items of different real text lengths run one by one
+    with their padding cropped, since a mask would keep the call off the fast kernels.
+    """
+    lengths = (layout.video + text_lengths).tolist() if layout.text else [layout.video] * len(q)
+    if all(length == q.shape[1] for length in lengths):
+        return _attend(q, k, v)
+    out = torch.zeros_like(q)
+    for item, length in enumerate(lengths):
+        rows = slice(item, item + 1)
+        out[rows, :length] = _attend(q[rows, :length], k[rows, :length], v[rows, :length])
+    return out
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if q.device.type == "cuda" and q.dtype != torch.float32:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
