@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -148,6 +148,7 @@ class Method:
     """
 
     sparsity: float = 0.0
+    sparse: ClassVar[bool] = True  # False for the dense baseline, whose every call runs the dense kernel
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
@@ -189,7 +190,7 @@ class Session:
     An adapter calls `at_step` from its scheduler and the session itself from its attention hook.
     """
 
-    def __init__(self, method: Method | None, executor: Executor, dense: DenseKernel, parts: DenseParts):
+    def __init__(self, method: Method, executor: Executor, dense: DenseKernel, parts: DenseParts):
         self.method, self.executor, self.dense, self.parts = method, executor, dense, parts
         self.meter = Meter()
         self.step, self.steps, self.timestep = 0, 1, math.inf
@@ -208,7 +209,7 @@ class Session:
         seeds: tuple[int, ...], head_offset: int = 0,
     ) -> Tensor:  # fmt: skip
         """Attention over [video | text] q, k, v [B, S, H, D]; padding rows of the result are zero."""
-        if self.method is None or self.parts.covers(self.step, self.steps, self.timestep, layer):
+        if not self.method.sparse or self.parts.covers(self.step, self.steps, self.timestep, layer):
             self.meter.add_dense(layout, text_lengths, q.shape[2])
             return self.dense(q, k, v, layout, text_lengths)
         state = self.states.setdefault((layer, branch), {})

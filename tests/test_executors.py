@@ -23,7 +23,7 @@ def lists(q_blocks, kv_blocks, batch, heads, density, seed):
     mask[..., -1, :] = False
     mask[..., -1, 0] = True
     counts = mask.sum(-1, dtype=torch.int32)
-    return counts.to(DEVICE), (~mask).to(torch.int8).argsort(-1, stable=True).int().to(DEVICE)
+    return counts.to(DEVICE), (~mask).to(torch.int8).argsort(dim=-1, stable=True).int().to(DEVICE)
 
 
 def box_plan(layout, text, box, heads, density=0.3):

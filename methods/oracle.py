@@ -1,0 +1,22 @@
+"""Control: the blocks with the most true attention mass, which no estimate can beat in recalled mass; slow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..attention import Call
+from ..kernels.select import attention_mass
+from ..layout import box_sizes
+from .draft import Draft
+
+
+@dataclass
+class Oracle(Draft):
+    """Draft's selection over the true map instead of the pooled one."""
+
+    def scores(self, q: Tensor, k: Tensor, call: Call) -> Tensor:
+        """The true map [B, H, regions, regions]: mean attention mass a token pair, so that size earns no place."""
+        sizes = box_sizes(self.box, call.layout.grid, q.device)
+        return attention_mass(q, k, self.box, call) / (sizes[:, None] * sizes)

@@ -1,0 +1,88 @@
+"""Sliding tile attention (Zhang et al., 2025, arXiv 2502.04507; github.com/hao-ai-lab/FastVideo), "uniform" windows.
+
+Tiles of t x h x w tokens; a query tile keeps the tiles within a window around it, the window shifted inwards at the
+grid's edges. The paper searches windows per step, layer and head; here all heads share one family of windows, and the
+heads are split between the two of it that meet the sparsity together. Any grid, edge tiles may be smaller.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..attention import Call, Method, Plan
+from ..kernels.select import box_plan
+from ..layout import Box
+
+
+@dataclass
+class STA(Method):
+    """tile: (t, h, w) tokens."""
+
+    tile: tuple[int, int, int] = (6, 8, 8)
+
+    def plan(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Plan:
+        """See `Method.plan`; the windows depend on the grid alone."""
+        box = Box(*(int(n) for n in self.tile))
+        windows = choose_windows(box, call.layout.grid, q.shape[2], round(1 - self.sparsity, 9))
+        mask = torch.stack([window_mask(box, call.layout.grid, window, q.device) for window in windows])
+        return box_plan(mask.expand(len(q), -1, -1, -1), box, call)
+
+
+def _axis_masks(box: Box, grid: tuple[int, int, int], window: tuple[int, int, int]) -> list[Tensor]:
+    """Kept tiles along each axis, [n, n] bool."""
+    masks = []
+    for n, size in zip(box.counts(grid), window, strict=True):
+        tile = torch.arange(n)
+        first = (tile - size // 2).clamp(0, n - size)
+        masks.append((tile >= first[:, None]) & (tile < first[:, None] + size))
+    return masks
+
+
+@functools.lru_cache(maxsize=256)
+def window_mask(box: Box, grid: tuple[int, int, int], window: tuple[int, int, int], device: torch.device) -> Tensor:
+    """Kept tiles [n, n] of a window of (t, h, w) tiles."""
+    t, y, x = _axis_masks(box, grid, window)
+    mask = t[:, None, None, :, None, None] & y[None, :, None, None, :, None] & x[None, None, :, None, None, :]
+    n = t.shape[0] * y.shape[0] * x.shape[0]
+    return mask.reshape(n, n).to(device)
+
+
+def window_density(box: Box, grid: tuple[int, int, int], window: tuple[int, int, int]) -> float:
+    """Kept token pairs of a window over all video pairs; the axes are independent, so it is a product."""
+    density = 1.0
+    sides = zip(grid, (box.t, box.h, box.w), _axis_masks(box, grid, window), strict=True)
+    for n, b, mask in sides:
+        sizes = torch.full((len(mask),), float(b))
+        sizes[-1] = n - b * (len(mask) - 1)
+        density *= float(sizes @ mask.float() @ sizes) / n**2
+    return density
+
+
+@functools.lru_cache(maxsize=256)
+def choose_windows(
+    box: Box, grid: tuple[int, int, int], heads: int, density: float
+) -> tuple[tuple[int, int, int], ...]:
+    """One window a head, of two whose mix is nearest to `density`, the least lopsided among near-equals."""
+    counts = box.counts(grid)
+    family = []
+    for window in itertools.product(*(range(1, n + 1) for n in counts)):
+        shares = [size / n for size, n in zip(window, counts, strict=True)]
+        family.append((window_density(box, grid, window), max(shares) - min(shares), window))
+    best = min(
+        (max(0.0, abs(mix * a[0] + (heads - mix) * b[0] - heads * density) / heads - 0.005) * 20 + a[1] + b[1], mix, a, b)
+        for a, b in _pairs(family, density)
+        for mix in range(1, heads + 1)
+    )
+    _, mix, a, b = best
+    return (a[2],) * mix + (b[2],) * (heads - mix)
+
+
+def _pairs(family: list[tuple[float, float, tuple[int, ...]]], density: float) -> list[tuple[tuple, tuple]]:
+    """Pairs of windows around the density: the nearest few on each side, for a short search."""
+    near = sorted(family, key=lambda item: abs(item[0] - density))[:24]
+    return list(itertools.combinations_with_replacement(near, 2))

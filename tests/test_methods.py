@@ -1,0 +1,149 @@
+"""Properties every method has, found by globbing conf/method."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from draftbench.attention import DenseParts, Meter, Method, Session, count_pairs
+from draftbench.kernels import dense, run
+from draftbench.kernels.select import attention_mass
+from draftbench.layout import Box, Layout
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+KNOBS = {"region": (4, 8), "tile": (2, 4, 4), "block": 32}
+FOLDER = Path(__file__).parent.parent / "conf" / "method"
+METHODS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(FOLDER.glob("*.yaml"))}
+SPARSE = [name for name in METHODS if name != "dense"]
+GRIDS = {"even": (8, 16, 24), "ragged": (5, 15, 26), "one_frame": (1, 31, 40)}
+
+
+def build(name, sparsity):
+    config = METHODS[name]
+    module, _, kind = config["_target_"].rpartition(".")
+    knobs = {key: KNOBS[key] for key in config if key in KNOBS}
+    return getattr(importlib.import_module(module), kind)(sparsity=sparsity, **knobs)
+
+
+def attend(method, grid, text=7, seed=0, executor="cpu", step=5):
+    layout = Layout(grid, text)
+    torch.manual_seed(seed)
+    smooth = torch.randn(2, 1, 3, 16, device=DEVICE)
+    q, k, v = (torch.randn(2, layout.length, 3, 16, device=DEVICE) + smooth for _ in range(3))
+    lengths = torch.tensor([text, max(0, text - 2)], device=DEVICE)
+    session = Session(method, run(executor if DEVICE.type == "cpu" else "triton"), dense.run, DenseParts())
+    session.start()
+    session.at_step(step, 10, 0.5)
+    where = dict(layout=layout, text_lengths=lengths, layer=1, branch="cond", seeds=(3, 4))
+    return session(q, k, v, **where), session, (q, k, v, layout, lengths)
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+@pytest.mark.parametrize("name", METHODS)
+def test_sparsity_zero_is_dense(name, grid):
+    out, session, (q, k, v, layout, lengths) = attend(build(name, 0.0), grid)
+    torch.testing.assert_close(out, dense.run(q, k, v, layout, lengths), atol=1e-5, rtol=1e-4)
+    assert session.meter.density() == 1
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.75, 0.9])
+@pytest.mark.parametrize("grid", [GRIDS["even"], GRIDS["ragged"]], ids=["even", "ragged"])
+@pytest.mark.parametrize("name", SPARSE)
+def test_achieved_sparsity_is_near(name, grid, sparsity):
+    out, session, _ = attend(build(name, sparsity), grid)
+    assert out.isfinite().all()
+    assert abs(session.meter.sparsity() - sparsity) < 0.03
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_deterministic_under_a_seed(name):
+    first, second = (attend(build(name, 0.75), GRIDS["ragged"])[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_dense_steps_run_the_dense_kernel(name):
+    out, session, (q, k, v, layout, lengths) = attend(build(name, 0.9), GRIDS["even"], step=2)
+    assert torch.equal(out, dense.run(q, k, v, layout, lengths))
+    assert session.meter.sparse_calls == 0
+
+
+@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize("sparsity", [1.2, -0.1, 1.0])
+def test_sparsity_out_of_range(name, sparsity):
+    with pytest.raises(ValueError, match=r"sparsity must be in \[0, 1\)"):
+        build(name, sparsity)
+
+
+def plans(name, sparsity=0.75):
+    """(kept blocks [B, H, n, n] of the video, true mass) of one call."""
+    kept = {}
+    method = build(name, sparsity)
+    original = type(method).plan
+
+    def spy(q, k, v, call):
+        plan = original(method, q, k, v, call)
+        n = len(attention_mass(q[:, :, :1], k[:, :, :1], method.box, call)[0, 0])
+        live = torch.arange(plan.blocks.shape[-1], device=q.device) < plan.counts[..., None]
+        mask = torch.zeros(*plan.counts.shape, plan.blocks.shape[-1], device=q.device)
+        mask.scatter_(-1, plan.blocks.long(), live.float())
+        kept["mask"], kept["mass"] = mask[..., :n, :n].bool(), attention_mass(q, k, method.box, call)
+        return plan
+
+    method.plan = spy
+    attend(method, GRIDS["even"])
+    return kept["mask"], kept["mass"]
+
+
+def test_random_has_drafts_counts_and_oracle_recalls_most():
+    draft, mass = plans("draft")
+    chance, _ = plans("random")
+    best, _ = plans("oracle")
+    assert torch.equal(draft.sum(-1), chance.sum(-1))
+    assert not torch.equal(draft, chance)
+    recalled = {name: (mass * mask).sum() for name, mask in (("draft", draft), ("random", chance), ("oracle", best))}
+    assert recalled["oracle"] > recalled["draft"]
+    assert recalled["oracle"] > recalled["random"]
+
+
+def test_attention_mass_is_the_softmax_summed():
+    _, session, (q, k, _, layout, lengths) = attend(build("draft", 0.5), (2, 9, 16))
+    from types import SimpleNamespace
+
+    box = Box(1, 4, 8)
+    mass = attention_mass(q, k, box, SimpleNamespace(layout=layout, text_lengths=lengths), rows=50)
+    weights = (q[0, :, 0].double() @ k[0, :, 0].double().T / 4).softmax(-1)
+    t, y, x = torch.meshgrid(*(torch.arange(n) for n in layout.grid), indexing="ij")
+    region = (t * 6 + y // 4 * 2 + x // 8).flatten()
+    for i in range(12):
+        for j in range(12):
+            expected = weights[: layout.video, : layout.video][region == i][:, region == j].sum()
+            assert abs(mass[0, 0, i, j] - expected) < 1e-3
+
+
+class Liar(Method):
+    """Claims a sparsity of .9 and executes everything."""
+
+    def plan(self, q, k, v, call):
+        return build("draft", 0.0).plan(q, k, v, call)
+
+
+class Idle(Method):
+    """Executes nothing at all."""
+
+    def attend(self, q, k, v, call):
+        return v
+
+
+def test_a_method_cannot_claim_density():
+    _, session, _ = attend(Liar(0.9), GRIDS["even"])
+    assert session.meter.sparsity() == 0
+    with pytest.raises(RuntimeError, match="executed no plan"):
+        attend(Idle(0.9), GRIDS["even"])
+
+
+def test_meter_starts_empty():
+    assert Meter().density() == 1 and Meter().sparsity() == 0
+    assert callable(count_pairs)
