@@ -54,7 +54,13 @@ def test_sparsity_zero_is_dense(name, grid):
 def test_achieved_sparsity_is_near(name, grid, sparsity):
     out, session, _ = attend(build(name, sparsity), grid)
     assert out.isfinite().all()
-    assert abs(session.meter.sparsity() - sparsity) < 0.03
+    # random takes draft's row counts, and draws of unequal blocks do not hold the same pairs as draft's
+    bound = 0.06 if name == "random" and layout_is_ragged(grid) else 0.03
+    assert abs(session.meter.sparsity() - sparsity) < bound
+
+
+def layout_is_ragged(grid):
+    return any(n % b for n, b in zip(grid, (1, *KNOBS["region"]), strict=True))
 
 
 @pytest.mark.parametrize("name", SPARSE)
