@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from draftbench.methods.draft import Draft
 from torch import Tensor
 
 from ..attention import Call
 from ..kernels.select import attention_mass
 from ..layout import box_sizes
-from .draft import Draft
 
 
 @dataclass

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from draftbench.methods.draft import Draft
 from torch import Tensor
 
 from ..attention import Call, Plan
 from ..kernels.select import box_plan, fill_empty_rows, keep_per_row
-from .draft import Draft
 
 
 @dataclass

@@ -73,11 +73,12 @@ def choose_windows(
     for window in itertools.product(*(range(1, n + 1) for n in counts)):
         shares = [size / n for size, n in zip(window, counts, strict=True)]
         family.append((window_density(box, grid, window), max(shares) - min(shares), window))
-    best = min(
-        (max(0.0, abs(mix * a[0] + (heads - mix) * b[0] - heads * density) / heads - 0.005) * 20 + a[1] + b[1], mix, a, b)
-        for a, b in _pairs(family, density)
-        for mix in range(1, heads + 1)
-    )
+    choices = []
+    for a, b in _pairs(family, density):
+        for mix in range(1, heads + 1):
+            miss = abs(mix * a[0] + (heads - mix) * b[0] - heads * density) / heads
+            choices.append((max(0.0, miss - 0.005) * 20 + a[1] + b[1], mix, a, b))
+    best = min(choices)
     _, mix, a, b = best
     return (a[2],) * mix + (b[2],) * (heads - mix)
 

@@ -6,9 +6,9 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if __import__("torch").cuda.is_ava
 
 import pytest
 import torch
+from draftbench.kernels import run
 
 from draftbench.attention import Plan, count_pairs
-from draftbench.kernels import run
 from draftbench.layout import Box, Identity, Index, Layout, box_sizes, even_sizes, offsets
 
 GPU = torch.cuda.is_available()
@@ -96,7 +96,7 @@ def test_agrees_with_reference(executor, name, dtype, bound):
 
 @pytest.mark.parametrize("name", CASES)
 def test_pairs_are_those_of_the_lists(name):
-    layout, lengths, _, _, _, plan = inputs(*CASES[name], torch.float32)
+    layout, _lengths, _, _, _, plan = inputs(*CASES[name], torch.float32)
     kept = video = 0
     for b in range(2):
         for h in range(2):

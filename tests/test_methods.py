@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-
-from draftbench.attention import DenseParts, Meter, Method, Session, count_pairs
 from draftbench.kernels import dense, run
 from draftbench.kernels.select import attention_mass
+
+from draftbench.attention import DenseParts, Meter, Method, Session, count_pairs
 from draftbench.layout import Box, Layout
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -115,7 +115,7 @@ def test_random_has_drafts_counts_and_oracle_recalls_most():
 
 
 def test_attention_mass_is_the_softmax_summed():
-    _, session, (q, k, _, layout, lengths) = attend(build("draft", 0.5), (2, 9, 16))
+    _, _session, (q, k, _, layout, lengths) = attend(build("draft", 0.5), (2, 9, 16))
     from types import SimpleNamespace
 
     box = Box(1, 4, 8)

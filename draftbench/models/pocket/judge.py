@@ -6,6 +6,8 @@ strafing by parallax). Its weights are shipped beside pocket's; its score on hel
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,7 +26,7 @@ class Judge(nn.Module):
         self.trunk = nn.Sequential(
             *(
                 layer
-                for a, b in zip(sizes, sizes[1:], strict=False)
+                for a, b in itertools.pairwise(sizes)
                 for layer in (nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b), nn.SiLU())
             )
         )

@@ -53,7 +53,9 @@ class Settings:
     depth: int = 6
 
 
-def _render(worker: int, seed: int, scenes: list[int], limit: int, video: Tensor, labels: Tensor, count: Tensor) -> None:
+def _render(
+    worker: int, seed: int, scenes: list[int], limit: int, video: Tensor, labels: Tensor, count: Tensor
+) -> None:
     """Fill this worker's slots of a shared ring; `limit` clips a scene, or endlessly if 0."""
     torch.set_num_threads(1)
     slots = len(video) // len(count)
@@ -214,7 +216,10 @@ def train(settings: Settings) -> dict[str, Any]:
             total += loss.detach()
             if step % 50 == 0:
                 curve.append([step, round(elapsed, 1), list(grid), round(total.item() / 50, 5)])
-                print(f"step {step} {elapsed:.0f} s grid {grid} loss {total.item() / 50:.4f} clips {source.seen}", flush=True)
+                print(
+                    f"step {step} {elapsed:.0f} s grid {grid} loss {total.item() / 50:.4f} clips {source.seen}",
+                    flush=True,
+                )
                 total.zero_()
             if time.time() - saved > 120:
                 save(model, average, out / "pocket.safetensors")
