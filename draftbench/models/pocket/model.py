@@ -170,8 +170,6 @@ class PocketDiT(nn.Module):
         angles = rope_angles((frames, height, width), self.config.head_dim, LENGTH, video.device)[:, None]
         cos, sin = angles.cos(), angles.sin()
         x = torch.cat([self.inp(patches.to(self.inp.weight.dtype)), text.to(self.inp.weight.dtype)], 1)
-        if torch.is_autocast_enabled(video.device.type):
-            x = x.to(torch.get_autocast_dtype(video.device.type))
         modulation = self.modulation(c)
         for layer, block in enumerate(self.blocks):
             q, k, v = self.project(block, x, modulation, cos, sin)
