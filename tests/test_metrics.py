@@ -28,7 +28,9 @@ def clips():
 
 
 def test_psnr_is_the_mean_of_frames(clips):
-    expected = np.mean([peak_signal_noise_ratio(b.numpy(), a.numpy(), data_range=255) for a, b in zip(*clips)])
+    expected = np.mean(
+        [peak_signal_noise_ratio(b.numpy(), a.numpy(), data_range=255) for a, b in zip(*clips, strict=False)]
+    )
     assert psnr_db(*clips) == pytest.approx(expected, abs=1e-9)
 
 
@@ -37,15 +39,14 @@ def test_psnr_of_identical_frames_is_capped(clips):
 
 
 def test_ssim(clips):
-    # data at the border differs in padding between libraries, so compare with the interior that both share
     expected = [
         structural_similarity(
             a.numpy(), b.numpy(), channel_axis=0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
             data_range=255,
         )
-        for a, b in zip(*clips)
+        for a, b in zip(*clips, strict=False)
     ]  # fmt: skip
-    assert ssim(*clips) == pytest.approx(np.mean(expected), abs=2e-3)
+    assert ssim(*clips) == pytest.approx(np.mean(expected), abs=1e-4)
     assert ssim(clips[0], clips[0]) == pytest.approx(1)
 
 
