@@ -63,7 +63,7 @@ def test_lpips_does_not_depend_on_the_batch(clips):
 
 @pytest.mark.parametrize("metric", [psnr_db, ssim, lpips])
 def test_bad_frames_are_refused(metric, clips):
-    with pytest.raises(TypeError, match="must be uint8, got torch.float32"):
+    with pytest.raises(TypeError, match=r"must be uint8, got torch\.float32"):
         metric(clips[0].float(), clips[1])
     with pytest.raises(ValueError, match=r"must be \[T, 3, h, w\]"):
         metric(clips[0][0], clips[1][0])
