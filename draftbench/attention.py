@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .layout import Identity, Layout, Order
+from .parts import part
 
 
 @dataclass
@@ -26,7 +28,7 @@ class Plan:
     counts: kept key blocks of each query block, int32 [B, H, q_blocks].
     blocks: their indices, int32 [B, H, q_blocks, capacity]; entries from counts on are never read.
     q_block, kv_block: upper bounds of the block sizes in tokens.
-    fallbacks: number of query rows that kept nothing and were given their best block, int64 tensor [] or None.
+    fallbacks: query blocks of each item that kept nothing and were given their best block, int64 [B] or None.
     """
 
     q_offsets: Tensor
@@ -48,8 +50,12 @@ class Executor(Protocol):
 
 @dataclass
 class Meter:
-    """Counts (query, key) pairs on the device, by the executor's lists; reading it is the only synchronisation."""
+    """Counts (query, key) pairs of each clip on the device, by the lists that the executor read; reading it waits.
 
+    `clips` is their number; a batch that holds both guidance branches (conditional ones first) counts to its clips.
+    """
+
+    clips: int = 1
     video_kept: Tensor | float = 0.0
     video_all: Tensor | float = 0.0
     kept: Tensor | float = 0.0
@@ -58,33 +64,46 @@ class Meter:
     calls: int = 0
     sparse_calls: int = 0
 
+    def _per_clip(self, items: Tensor) -> Tensor:
+        return items.double().view(-1, self.clips).sum(0)
+
     def add_dense(self, layout: Layout, text_lengths: Tensor, heads: int) -> None:
         """One dense call: every real pair is executed."""
-        pairs = ((layout.video + text_lengths.double()) ** 2).sum() * heads
+        pairs = self._per_clip((layout.video + text_lengths.double()) ** 2 * heads)
         self.kept, self.all, self.calls = self.kept + pairs, self.all + pairs, self.calls + 1
 
     def add_plan(self, plan: Plan, layout: Layout, text_lengths: Tensor, heads: int) -> None:
         """One executed plan, summed from its lists."""
         kept, video = count_pairs(plan, layout)
         real = layout.video + text_lengths.double()
-        self.kept, self.video_kept = self.kept + kept, self.video_kept + video
-        self.all = self.all + (real**2).sum() * heads
-        self.video_all = self.video_all + float(layout.video) ** 2 * len(text_lengths) * heads
+        self.kept, self.video_kept = self.kept + self._per_clip(kept), self.video_kept + self._per_clip(video)
+        self.all = self.all + self._per_clip(real**2 * heads)
+        self.video_all = self.video_all + self._per_clip(torch.full_like(real, float(layout.video) ** 2 * heads))
         self.calls, self.sparse_calls = self.calls + 1, self.sparse_calls + 1
         if plan.fallbacks is not None:
-            self.fallbacks = self.fallbacks + plan.fallbacks
+            self.fallbacks = self.fallbacks + self._per_clip(plan.fallbacks)
 
-    def sparsity(self) -> float:
-        """1 - density over the video-by-video pairs of the calls where the method was active; 0 if there were none."""
-        return 1 - float(self.video_kept) / float(self.video_all) if self.sparse_calls else 0.0
+    def sparsity(self) -> list[float]:
+        """Of each clip: 1 - density over the video-by-video pairs of the calls where the method was active; else 0."""
+        return [1 - x for x in self._shares(self.video_kept, self.video_all, 1.0)]
 
-    def density(self) -> float:
-        """Executed over all real pairs, of all steps, layers, heads, text and dense exceptions."""
-        return float(self.kept) / float(self.all) if self.calls else 1.0
+    def density(self) -> list[float]:
+        """Of each clip: executed over all real pairs, of all steps, layers, heads, text and dense exceptions."""
+        return self._shares(self.kept, self.all, 1.0)
+
+    def fallback_rows(self) -> list[int]:
+        """Of each clip: rows of blocks that kept nothing and were given their best block."""
+        return [int(x) for x in self._shares(self.fallbacks, torch.ones(self.clips), 0.0)]
+
+    def _shares(self, part: Tensor | float, whole: Tensor | float, empty: float) -> list[float]:
+        if not (isinstance(part, Tensor) and isinstance(whole, Tensor)):
+            return [empty] * self.clips
+        shares: list[float] = (part.cpu() / whole.cpu()).tolist()
+        return shares
 
 
 def count_pairs(plan: Plan, layout: Layout) -> tuple[Tensor, Tensor]:
-    """(All, video-by-video) real pairs that the plan's lists execute, float64 tensors []; no synchronisation."""
+    """(All, video-by-video) real pairs of each item that the plan's lists execute, float64 [B]; no synchronisation."""
     heads, capacity = plan.counts.shape[1], plan.blocks.shape[-1]
 
     def sizes(starts: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,7 +118,7 @@ def count_pairs(plan: Plan, layout: Layout) -> tuple[Tensor, Tensor]:
     def keys(size: Tensor) -> Tensor:
         return (size.expand(len(where), -1, -1).gather(2, where).view(live.shape) * live).sum(-1)
 
-    return (keys(kv_size) * q_size).sum(), (keys(kv_video) * q_video).sum()
+    return (keys(kv_size) * q_size).sum((1, 2)), (keys(kv_video) * q_video).sum((1, 2))
 
 
 @dataclass
@@ -129,7 +148,8 @@ class Call:
 
     def execute_lse(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """As `execute`, with the log-sum-exp of the scaled scores [B, H, S] too."""
-        result = self.executor(q, k, v, plan, self.layout)
+        with part("kernel"):
+            result = self.executor(q, k, v, plan, self.layout)
         self.meter.add_plan(plan, self.layout, self.text_lengths, q.shape[2])
         return result
 
@@ -138,6 +158,19 @@ class Call:
         branch = {"cond": 0, "uncond": 1, "both": item >= len(self.seeds) // 2}[self.branch]
         key = (((self.seeds[item] * 4096 + self.step) * 256 + self.layer) * 2 + int(branch)) % 2**62
         return torch.Generator(device).manual_seed(key)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One batch of clips: a prompt and a seed each, and the sampler's steps."""
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    steps: int
+
+    def __post_init__(self) -> None:
+        if len(self.prompts) != len(self.seeds) or not self.prompts:
+            raise ValueError(f"one seed a prompt, at least one: got {len(self.prompts)} and {len(self.seeds)}")
 
 
 @dataclass
@@ -160,7 +193,16 @@ class Method:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         """Attention output [B, S, H, D]; a method that is more than a plan overrides this."""
-        return call.execute(self.plan(q, k, v, call), q, k, v)
+        with part("estimate"):
+            plan = self.plan(q, k, v, call)
+        return call.execute(plan, q, k, v)
+
+    def request(self, request: Request) -> Request:
+        """What to generate in place of `request`; only controls of the dense run change it (seeds, steps)."""
+        return request
+
+    def prepare(self, seconds: Callable[[Method], float]) -> None:
+        """Called once before a job; `seconds` times a whole generation of its first clip under a method."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +223,20 @@ class DenseParts:
         return early or layer < self.layers or (self.timestep is not None and timestep > self.timestep)
 
 
+class Watch:
+    """Sees the steps and the attention calls of a generation go by; this one does nothing (latency.py's times them)."""
+
+    def step(self, index: int) -> None:
+        """A step begins."""
+
+    def finish(self) -> None:
+        """The last step has ended."""
+
+    def attention(self) -> AbstractContextManager[None]:
+        """Entered around every self-attention call."""
+        return nullcontext()
+
+
 DenseKernel = Callable[[Tensor, Tensor, Tensor, Layout, Tensor], Tensor]
 
 
@@ -190,25 +246,40 @@ class Session:
     An adapter calls `at_step` from its scheduler and the session itself from its attention hook.
     """
 
-    def __init__(self, method: Method, executor: Executor, dense: DenseKernel, parts: DenseParts):
+    def __init__(
+        self, method: Method, executor: Executor, dense: DenseKernel, parts: DenseParts, watch: Watch | None = None
+    ):
         self.method, self.executor, self.dense, self.parts = method, executor, dense, parts
-        self.meter = Meter()
+        self.meter, self.watch = Meter(), watch or Watch()
         self.step, self.steps, self.timestep = 0, 1, math.inf
         self.states: dict[tuple[int, str], dict[str, Any]] = {}
 
-    def start(self) -> None:
-        """Begin a new video: forget the methods' state; the meter goes on."""
+    def start(self, clips: int) -> None:
+        """Begin a new batch of `clips` clips: forget the methods' state, count anew."""
         self.states.clear()
+        self.meter = Meter(clips)
+
+    def finish(self) -> None:
+        """The last step is done; what follows (decoding, moving frames) is not part of a step."""
+        self.watch.finish()
 
     def at_step(self, step: int, steps: int, timestep: float) -> None:
         """Tell the step (from 0), the number of steps and the scheduler's timestep of the calls that follow."""
         self.step, self.steps, self.timestep = step, steps, timestep
+        self.watch.step(step)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, layout: Layout, text_lengths: Tensor, layer: int, branch: str,
         seeds: tuple[int, ...], head_offset: int = 0,
     ) -> Tensor:  # fmt: skip
         """Attention over [video | text] q, k, v [B, S, H, D]; padding rows of the result are zero."""
+        with self.watch.attention():
+            return self._route(q, k, v, layout, text_lengths, layer, branch, seeds, head_offset)
+
+    def _route(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, text_lengths: Tensor, layer: int, branch: str,
+        seeds: tuple[int, ...], head_offset: int,
+    ) -> Tensor:  # fmt: skip
         if not self.method.sparse or self.parts.covers(self.step, self.steps, self.timestep, layer):
             self.meter.add_dense(layout, text_lengths, q.shape[2])
             return self.dense(q, k, v, layout, text_lengths)

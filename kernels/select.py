@@ -54,10 +54,10 @@ def keep_per_row(scores: Tensor, counts: Tensor) -> Tensor:
 
 
 def fill_empty_rows(mask: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Give each row of mask [B, H, n, m] that keeps nothing its best block; also how many rows that were."""
+    """Give each row of mask [B, H, n, m] that keeps nothing its best block; also their number an item."""
     empty = ~mask.any(-1, keepdim=True)
     best = torch.nn.functional.one_hot(scores.argmax(-1), scores.shape[-1]).bool()
-    return mask | (empty & best), empty.sum()
+    return mask | (empty & best), empty.sum((1, 2, 3))
 
 
 def lists(mask: Tensor) -> tuple[Tensor, Tensor]:
