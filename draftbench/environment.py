@@ -1,0 +1,141 @@
+"""What machine, which versions and which commit made a record.
+
+The commit comes from git in a checkout of this project; elsewhere from a stamp, written into the wheel by setup.py or
+by `python -m draftbench.environment stamp` before the tree is copied. Sources edited after their stamp count as dirty.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+_PACKAGE = Path(__file__).resolve().parent
+STAMP = _PACKAGE / "_stamp.json"
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """{"device": the GPU's or CPU's name, "versions": {package: version or None}, "commit": hash, "dirty": bool}."""
+    import torch
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    versions = {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "triton": _version("triton") or _version("pytorch-triton"),
+        "flash_attn_4": _version("flash-attn-4"),
+        "diffusers": _version("diffusers"),
+        "draftbench": _version("draftbench") or _project().get("version"),
+    }
+    return {"device": name, "versions": versions, **commit()}
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that `name` ("auto", "cpu" or "cuda") stands for; ValueError for another name or a missing GPU."""
+    import torch
+
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda needs a CUDA GPU, and torch sees none")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def commit() -> dict[str, Any]:
+    """{"commit": full git hash or "unknown", "dirty": whether tracked files, or stamped sources, differ from it}."""
+    return _from_git() or _from_stamp() or {"commit": "unknown", "dirty": True}
+
+
+def stamp(path: Path = STAMP) -> None:
+    """Write the commit, dirty and a digest of the sources to `path`, replacing a file (or hard link) in one step."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps({**commit(), "sources": _digest()}) + "\n")
+    temporary.replace(path)
+
+
+def _from_git() -> dict[str, Any] | None:
+    root = _PACKAGE.parent
+    found = (_git("rev-parse", "--show-toplevel", "HEAD") or "").split("\n")
+    if not _project() or len(found) < 2 or Path(found[0]).resolve() != root:
+        return None
+    return {"commit": found[1], "dirty": _git("status", "--porcelain", "--untracked-files=no") != ""}
+
+
+def _git(*arguments: str) -> str | None:
+    """What git prints about this tree, or None if it is absent or fails; takes no lock, heeds no hook's variables."""
+    variables = {k: v for k, v in os.environ.items() if k not in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")}
+    command = ["git", "--no-optional-locks", "-C", str(_PACKAGE.parent), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=30, env=variables)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def _from_stamp() -> dict[str, Any] | None:
+    try:
+        found = json.loads(STAMP.read_text())
+        edited = found.get("sources", _digest()) != _digest()
+        return {"commit": str(found["commit"]), "dirty": bool(found["dirty"]) or edited}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _digest() -> str:
+    """SHA-256 of our Python files, the same in a checkout and installed."""
+    files = {path.relative_to(_PACKAGE).as_posix(): path for path in _PACKAGE.rglob("*.py")}
+    for name in ("methods", "kernels", "conf"):
+        if not (_PACKAGE / name).is_dir():
+            top = _PACKAGE.parent
+            files |= {path.relative_to(top).as_posix(): path for path in (top / name).rglob("*.py")}
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        digest.update(f"{name}\0{hashlib.sha256(files[name].read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _project() -> dict[str, Any]:
+    """The [project] table of the checkout that we lie in; empty when installed."""
+    try:
+        project = tomllib.loads((_PACKAGE.parent / "pyproject.toml").read_text())["project"]
+        return dict(project) if project["name"] == "draftbench" else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine() or "unknown CPU"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["stamp"]:
+        raise SystemExit("usage: python -m draftbench.environment stamp")
+    stamp()
+    print(f"{STAMP}: {STAMP.read_text().strip()}")

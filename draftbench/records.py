@@ -1,0 +1,198 @@
+"""One record a cell: a JSON object written by rename; the index of finished cells; promotion to results/records.
+
+`python -m draftbench.records promote RUN_FOLDER... --name NAME` gathers run folders into results/records/NAME.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+# Every record has these; one that was not measured is null.
+FIELDS = (
+    *("schema_version", "kind", "cell_id", "model", "weights_hash", "method", "method_settings", "executor"),
+    *("prompt", "seed", "steps", "grid", "sparsity", "sparsity_achieved", "density_effective", "fallback_rows"),
+    *("psnr_db", "ssim", "lpips", "generate_s", "step_ms", "attention_ms", "speedup_generate", "speedup_attention"),
+    *("baseline_id", "peak_memory_gib", "device", "versions", "commit", "dirty", "status", "timestamp"),
+)
+OPTIONAL = (
+    "latency", "parts_ms", "quality", "frames_sha256", "files", "dense", "labels", "steps_requested", "batch",
+)  # fmt: skip
+
+
+def new(**values: Any) -> dict[str, Any]:
+    """A record of `values`, as JSON will hold it (tuples become lists); absent fields are None.
+
+    Raises ValueError for an unknown field, a NaN or infinity, what JSON cannot hold, or a status that is neither "ok"
+    nor "failed: <reason>".
+    """
+    if unknown := sorted(set(values) - {*FIELDS, *OPTIONAL}):
+        raise ValueError(f"unknown record fields {unknown}; known: {', '.join((*FIELDS, *OPTIONAL))}")
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    values = {"schema_version": SCHEMA_VERSION, "kind": "cell", "timestamp": now} | values
+    record = dict.fromkeys(FIELDS) | values
+    for name, value in record.items():
+        try:
+            record[name] = json.loads(json.dumps(value, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"record field {name} must be valid JSON, got {value!r}: {error}") from error
+    status = record["status"]
+    if status not in (None, "ok") and not str(status).startswith("failed: "):
+        raise ValueError(f"record field status must be 'ok' or 'failed: <reason>', got {status!r}")
+    return record
+
+
+def cell_id(identity: Mapping[str, Any]) -> str:
+    """First 16 hex digits of the SHA-256 of the canonical JSON of everything that shapes the cell; 1 is not 1.0."""
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@contextmanager
+def replacing(path: Path | str) -> Iterator[Path]:
+    """A temporary path beside `path`, renamed to it when the block ends well, deleted when it does not.
+
+    Raises OSError, one line that names `path`, for a folder that cannot be written or a full disk.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def write(record: Mapping[str, Any], path: Path | str) -> None:
+    """Write one record by rename; OSError naming the path, ValueError for NaN, and then no file is left."""
+    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read(path: Path | str) -> dict[str, Any]:
+    """One record; ValueError naming the file if it is not one."""
+    (record,) = _parse(Path(path), lines=False)
+    return record
+
+
+def read_all(paths: Iterable[Path | str]) -> list[dict[str, Any]]:
+    """The records of files, and of every record*.json and *.jsonl under folders (W&B's own files left out).
+
+    Raises FileNotFoundError for a path that does not exist, ValueError naming a corrupt file.
+    """
+    files: dict[Path, None] = {}
+    for path in (Path(p) for p in paths):
+        if not path.exists():
+            raise FileNotFoundError(f"no such run folder or record: {path}")
+        found = sorted({*path.rglob("record*.json"), *path.rglob("*.jsonl")}) if path.is_dir() else [path]
+        files |= {f.resolve(): None for f in found if path == f or "wandb" not in f.relative_to(path).parts}
+    return [record for file in files for record in _parse(file, lines=file.suffix == ".jsonl")]
+
+
+def _parse(path: Path, lines: bool) -> list[dict[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        records = [json.loads(line) for line in text.splitlines() if line.strip()] if lines else [json.loads(text)]
+        if not all(isinstance(record, dict) and "schema_version" in record for record in records):
+            raise ValueError("an object without schema_version")
+    except ValueError as error:
+        raise ValueError(f"{path} is not a draftbench record: {error}") from error
+    return records
+
+
+class Index:
+    """Finished cells of all runs: a folder with one small file a cell, so that any number of processes may add."""
+
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder).expanduser()
+
+    def find(self, cell_id: str) -> dict[str, Any] | None:
+        """The record of this cell if its file is still there, is of this cell and has status ok."""
+        try:
+            record = read(json.loads((self.folder / f"{cell_id}.json").read_text(encoding="utf-8"))["record"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return record if record.get("cell_id") == cell_id and record.get("status") == "ok" else None
+
+    def add(self, record: Mapping[str, Any], path: Path | str) -> None:
+        """Remember that `path` holds the finished `record`; raises OSError as `replacing`."""
+        with replacing(self.folder / f"{record['cell_id']}.json") as temporary:
+            temporary.write_text(json.dumps({"record": str(Path(path).resolve())}) + "\n", encoding="utf-8")
+
+
+def promote(
+    paths: Iterable[Path | str], name: str, out: Path | str = "results/records", allow_dirty: bool = False,
+    force: bool = False,
+) -> Path:  # fmt: skip
+    """Gather the records of run folders into out/NAME.jsonl, sorted; a cell run again keeps its last ok record.
+
+    Failed cells stay as rows that say so. Raises ValueError for no records, mixed schema versions, uncommitted code
+    (unless allow_dirty) or a bad name, and FileExistsError for a file that exists (unless force).
+    """
+    if not name or Path(name).name != name:
+        raise ValueError(f"name must be a plain file name, got {name!r}")
+    target = Path(out) / f"{name.removesuffix('.jsonl')}.jsonl"
+    records = read_all(paths)
+    if not records:
+        raise ValueError("no records under the given folders")
+    if len(versions := {record["schema_version"] for record in records}) > 1:
+        raise ValueError(f"records of schema versions {sorted(versions, key=str)} do not mix")
+    dirty = [record for record in records if record.get("dirty") is not False]
+    if dirty and not allow_dirty:
+        raise ValueError(f"{len(dirty)} of {len(records)} records come from uncommitted code; allow with --allow-dirty")
+    if target.exists() and not force:
+        raise FileExistsError(f"{target} exists; replace it with --force")
+    last: dict[Any, dict[str, Any]] = {}
+    for record in sorted(records, key=lambda r: (r.get("status") == "ok", str(r.get("timestamp")))):
+        last[record.get("cell_id") or id(record)] = record
+    with replacing(target) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for record in sorted(last.values(), key=_order):
+            file.write(json.dumps(record, sort_keys=True, allow_nan=False) + "\n")
+    return target
+
+
+def _order(record: Mapping[str, Any]) -> list[Any]:
+    values = [record.get(name) for name in ("model", "method", "sparsity", "prompt", "seed", "cell_id")]
+    return [(value is not None, 0 if value is None else value) for value in values]
+
+
+def _main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m draftbench.records", description="Work with records.")
+    command = parser.add_subparsers(required=True, metavar="COMMAND").add_parser(
+        "promote", help="gather run folders into results/records"
+    )
+    command.add_argument("paths", nargs="+", metavar="RUN_FOLDER")
+    command.add_argument("--name", required=True, help="writes OUT/NAME.jsonl")
+    command.add_argument("--out", default="results/records")
+    command.add_argument("--allow-dirty", action="store_true", help="take records of uncommitted code too")
+    command.add_argument("--force", action="store_true", help="replace an existing file")
+    options = vars(parser.parse_args(arguments))
+    try:
+        target = promote(**options)
+        records = read_all([target])
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None
+    failed = sum(record["status"] != "ok" for record in records)
+    print(f"{target}: {len(records)} records, {failed} failed")
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])
