@@ -1,8 +1,8 @@
 """Pocket: a text-to-video diffusion transformer small enough to ship, with the anatomy of the large ones.
 
 Pixel space, 4x4 patches, joint attention over [video | text], 3D RoPE on video tokens, QK-norm, adaLN, SwiGLU;
-rectified flow with x-prediction. Any grid: spatial RoPE coordinates are scaled so that every frame is
-`BASE_WIDTH` units wide, and the scale itself is an input.
+rectified flow with x-prediction. Any grid: coordinates are scaled so that every clip is `SPAN` units long and every
+frame `BREADTH` units wide, so a finer grid samples the same clip more finely, and the scale itself is an input.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .prompts import LENGTH, WORDS
 
-BASE_WIDTH = 24  # patches; the width at which RoPE coordinates have unit steps
+SPAN, BREADTH = 16, 24  # units of a clip's length and of a frame's width; tokens have unit steps at 16x16x24
 
 Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
@@ -28,9 +30,10 @@ class PocketConfig:
 
     width: int = 384
     depth: int = 6
-    heads: int = 3
+    heads: int = 6
     hidden: int = 896
     patch: int = 4
+    margin: int = 2  # pixels that a patch's input reaches beyond it on each side
 
     @property
     def head_dim(self) -> int:
@@ -47,34 +50,37 @@ def dense(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
     return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
-def rope_angles(grid: tuple[int, int, int], head_dim: int, text: int, device: torch.device) -> Tensor:
-    """Rotation angles [S + text, head_dim / 2] of a (T, H, W) grid; text tokens are not rotated."""
+def coordinates(grid: tuple[int, int, int], device: torch.device) -> Tensor:
+    """(t, y, x) of each token of a (T, H, W) grid in units, [S, 3]: t from 0, y and x from the frame's centre."""
     frames, height, width = grid
-    pairs = head_dim // 2
-    n_t = pairs // 4
-    n_y = (pairs - n_t) // 2
-    n_x = pairs - n_t - n_y
-    unit = BASE_WIDTH / width
-    t = torch.arange(frames, device=device, dtype=torch.float32)
+    unit = BREADTH / width
+    t = torch.arange(frames, device=device, dtype=torch.float32) * (SPAN / frames)
     y = (torch.arange(height, device=device, dtype=torch.float32) + 0.5 - height / 2) * unit
     x = (torch.arange(width, device=device, dtype=torch.float32) + 0.5 - width / 2) * unit
+    return torch.stack(torch.meshgrid(t, y, x, indexing="ij"), -1).view(-1, 3)
 
-    def waves(n: int) -> Tensor:
-        return 100.0 ** (-torch.arange(n, device=device, dtype=torch.float32) / n)
 
-    angles = torch.cat(
-        [
-            (t[:, None] * waves(n_t)).view(frames, 1, 1, n_t).expand(frames, height, width, n_t),
-            (y[:, None] * waves(n_y)).view(1, height, 1, n_y).expand(frames, height, width, n_y),
-            (x[:, None] * waves(n_x)).view(1, 1, width, n_x).expand(frames, height, width, n_x),
-        ],
-        dim=-1,
-    ).reshape(-1, pairs)
-    return torch.cat([angles, angles.new_zeros(text, pairs)])
+def rope_waves(heads: int, pairs: int) -> Tensor:
+    """Wave vectors (t, y, x) of the rotated pairs in radians a unit, [heads, pairs, 3], fixed once and for all.
+
+    A quarter turns with time alone. The others are plane waves over the frame, of any direction, that travel by -1 to
+    1 unit a unit of time: a head that weighs those which travel as the picture does looks along its motion, which
+    rotations by one axis each (the usual 3D RoPE) cannot express.
+    """
+    draw = torch.Generator().manual_seed(0)
+    n_t = pairs // 4
+    n_s = pairs - n_t
+    waves = torch.zeros(heads, pairs, 3)
+    waves[:, :n_t, 0] = 2.0 * 100.0 ** (-torch.arange(n_t) / n_t)
+    angle = torch.rand(heads, n_s, generator=draw) * 2 * math.pi
+    travel = torch.rand(heads, n_s, generator=draw) * 2 - 1
+    length = 2.0 * 50.0 ** (-torch.arange(n_s) / n_s)
+    waves[:, n_t:] = torch.stack([-travel, angle.sin(), angle.cos()], -1) * length[:, None]
+    return waves
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on x [B, S, H, D] by half-split pairs; cos and sin are [S, 1, D / 2]."""
+    """RoPE on x [B, S, H, D] by half-split pairs; cos and sin are [S, H, D / 2]."""
     a, b = x.float().chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
@@ -128,9 +134,11 @@ class PocketDiT(nn.Module):
         d, pixels = config.width, 3 * config.patch**2
         self.attend: Attend = dense
         self.project, self.finish = Block.project, Block.finish
-        self.inp = nn.Linear(pixels, d)
+        self.inp = nn.Linear(3 * (config.patch + 2 * config.margin) ** 2, d)
         self.words = nn.Embedding(len(WORDS), d)
-        self.places = nn.Parameter(torch.randn(LENGTH, d) * 0.02)
+        self.order = nn.Parameter(torch.randn(LENGTH, d) * 0.02)
+        self.place = nn.Linear(3 * 2 * 4, d)
+        self.register_buffer("waves", rope_waves(config.heads, config.head_dim // 2), persistent=False)
         self.time = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
         self.scale = nn.Linear(1, d)
         self.modulation = nn.Linear(d, 6 * d)
@@ -151,6 +159,13 @@ class PocketDiT(nn.Module):
         p = self.config.patch
         return video.shape[1], video.shape[3] // p, video.shape[4] // p
 
+    def patches(self, video: Tensor) -> Tensor:
+        """What each token sees of pixels [B, T, 3, h, w]: its patch, with a margin, [B, T * H * W, pixels]."""
+        margin, p = self.config.margin, self.config.patch
+        x = F.pad(video, (margin, margin, margin, margin))
+        x = x.unfold(3, p + 2 * margin, p).unfold(4, p + 2 * margin, p).permute(0, 1, 3, 4, 2, 5, 6)
+        return x.flatten(4).flatten(1, 3)
+
     def forward(self, video: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
         """Clean-video prediction.
 
@@ -159,17 +174,19 @@ class PocketDiT(nn.Module):
         """
         frames, height, width = self.grid(video)
         batch, p = video.shape[0], self.config.patch
-        patches = video.view(batch, frames, 3, height, p, width, p).permute(0, 1, 3, 5, 2, 4, 6)
-        patches = patches.reshape(batch, frames * height * width, -1)
+        patches = self.patches(video)
         waves = torch.exp(-math.log(1e4) * torch.arange(128, device=video.device) / 128)
         phase = t[:, None] * 1000 * waves
-        text = self.words(tokens) + self.places
-        zoom = torch.full((batch, 1), math.log2(width / BASE_WIDTH), device=video.device)
+        text = self.words(tokens) + self.order
+        zoom = torch.full((batch, 1), math.log2(width / BREADTH), device=video.device)
         c = self.time(torch.cat([phase.cos(), phase.sin()], -1).to(self.inp.weight.dtype))
         c = F.silu(c + self.scale(zoom.to(self.inp.weight.dtype)) + text.mean(1))
-        angles = rope_angles((frames, height, width), self.config.head_dim, LENGTH, video.device)[:, None]
+        where = coordinates((frames, height, width), video.device)
+        angles = F.pad(torch.einsum("sc,hpc->shp", where, self.waves), (0, 0, 0, 0, 0, LENGTH))
         cos, sin = angles.cos(), angles.sin()
-        x = torch.cat([self.inp(patches.to(self.inp.weight.dtype)), text.to(self.inp.weight.dtype)], 1)
+        phases = (where[:, :, None] * (2 * math.pi / BREADTH) * 2.0 ** torch.arange(4, device=video.device)).flatten(1)
+        place = self.place(torch.cat([phases.sin(), phases.cos()], -1).to(self.inp.weight.dtype))
+        x = torch.cat([self.inp(patches.to(self.inp.weight.dtype)) + place, text.to(self.inp.weight.dtype)], 1)
         modulation = self.modulation(c)
         for layer, block in enumerate(self.blocks):
             q, k, v = self.project(block, x, modulation, cos, sin)
@@ -179,3 +196,22 @@ class PocketDiT(nn.Module):
         y = self.out((F.rms_norm(x, (x.shape[-1],), eps=1e-6) * (1 + scale) + shift).to(self.out.weight.dtype))
         y = y.view(batch, frames, height, width, 3, p, p).permute(0, 1, 4, 2, 5, 3, 6)
         return y.reshape(video.shape)
+
+
+def load(path: Path) -> PocketDiT:
+    """A model from a weights file, float32, on the CPU, in evaluation mode.
+
+    Raises FileNotFoundError or ValueError, naming the file, if it is missing, a pickle, damaged or of another network.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"model.weights: there is no file {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            shape = {key: int(value) for key, value in (file.metadata() or {}).items()}
+            weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+        model = PocketDiT(PocketConfig(**shape))
+        model.load_state_dict(weights)
+    except (SafetensorError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"model.weights: {path} is not a safetensors file of pocket's weights ({reason})") from None
+    return model.eval().requires_grad_(False)

@@ -1,16 +1,17 @@
 """Train pocket from nothing: `python -m draftbench.models.pocket.train out=FOLDER`.
 
-Processes render clips (clips.py) while the GPU trains on what is there, small grids first, the large one last.
+Processes render clips (clips.py) while the GPUs train on what is there, small grids first, the large one last.
 Muon for the blocks' matrices, AdamW for the rest, an exponential moving average of the weights is what ships.
-At the end the judge is fitted on real clips and both scored on held-out ones; card.json holds all of it.
-The seed fixes the initialisation, the renderers and the noise; how many clips are rendered by a given step depends on
-the machine, so two runs agree in distribution and not bit by bit.
+The schedule counts steps, so the seed fixes initialisation, renderers, noise and rates; which clips are rendered by a
+given step depends on the machine, so two runs agree in distribution and not bit by bit. A run that was stopped goes on
+from its last saved state. `python -m draftbench.models.pocket.check` then scores what was trained.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import math
+import os
 import sys
 import time
 from dataclasses import dataclass, fields
@@ -18,22 +19,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .clips import clips
-from .judge import fit, score
+from .clips import HEIGHT, WIDTH, clips
 from .model import PocketConfig, PocketDiT
 from .prompts import LENGTH, MOTIONS, SCENES, sentence, tokens
-from .sampler import initial_noise, sample
 
-FRAMES, HEIGHT, WIDTH = 16, 128, 192
-# Share of the time, token grid, clips a step, mean of the logit-normal noise level (higher for larger frames).
-PHASES = ((0.22, (8, 16, 24), 96, 0.5), (0.45, (16, 16, 24), 48, 0.6), (1.0, (16, 32, 48), 12, 1.2))
-# Token grids and sampler shifts that the finished model is checked at.
-CHECKS = {"small": ((8, 16, 24), 2.0), "middle": ((16, 16, 24), 2.0), "large": ((16, 32, 48), 3.0)}
-REHEARSE = 6  # in the last phase every sixth step goes back to a small grid
+FRAMES = 16
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of the training: steps, token grid, clips a step (over all GPUs), mean of the logit-normal noise level.
+
+    Larger frames need more noise to hide as much. In the last phase every `REHEARSE`-th step is one of an earlier
+    phase's grids, so that those are not forgotten.
+    """
+
+    steps: int
+    grid: tuple[int, int, int]
+    clips: int
+    noise: float
+
+
+PHASES = (
+    Phase(1500, (8, 8, 12), 192, 0.2),
+    Phase(1500, (8, 16, 24), 64, 0.5),
+    Phase(800, (16, 16, 24), 32, 0.6),
+    Phase(900, (16, 32, 48), 8, 1.2),
+)
+REHEARSE = 6
 
 
 @dataclass
@@ -41,29 +59,20 @@ class Settings:
     """The command's options, given as key=value."""
 
     out: str = "outputs/pocket_training"
-    minutes: float = 15.0
     seed: int = 0
-    workers: int = 14
-    clips: int = 20000  # kept on the GPU, the oldest replaced
-    held_out: int = 100  # clips a scene
-    judge_steps: int = 1500
-    check_seeds: int = 100
-    device: str = "cuda"
-    width: int = 384
-    depth: int = 6
+    gpus: int = 1
+    workers: int = 14  # rendering processes a GPU
+    clips: int = 20000  # kept on each GPU, the oldest replaced
+    stop: int = 0  # pause after this step, to go on later; 0 trains to the end
 
 
-def _render(
-    worker: int, seed: int, scenes: list[int], limit: int, video: Tensor, labels: Tensor, count: Tensor
-) -> None:
+def render(worker: int, seed: int, scenes: list[int], limit: int, video: Tensor, labels: Tensor, count: Tensor) -> None:
     """Fill this worker's slots of a shared ring; `limit` clips a scene, or endlessly if 0."""
     torch.set_num_threads(1)
     slots = len(video) // len(count)
-    frames, _, height, width = video.shape[1:]
     while True:
         for scene in scenes:
-            source = clips(scene, seed + 1000 * worker + scene, frames, height, width)
-            for made, (clip, motion) in enumerate(source, 1):
+            for made, (clip, motion) in enumerate(clips(scene, seed + 1000 * worker + scene, FRAMES), 1):
                 slot = worker * slots + int(count[worker]) % slots
                 video[slot] = torch.from_numpy(clip)
                 labels[slot] = torch.tensor([motion, scene])
@@ -77,27 +86,25 @@ def _render(
 class Clips:
     """Clips rendered by other processes, copied to the training device as they arrive."""
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, rank: int, device: torch.device):
         context, n, per = mp.get_context("spawn"), settings.workers, 64
         self.ring = torch.zeros(n * per, FRAMES, 3, HEIGHT, WIDTH, dtype=torch.uint8).share_memory_()
         self.ring_labels = torch.zeros(n * per, 2, dtype=torch.long).share_memory_()
         self.count = torch.zeros(n, dtype=torch.long).share_memory_()
         self.taken = torch.zeros(n, dtype=torch.long)
-        held = settings.held_out * len(SCENES)
-        self.held = torch.zeros(held, FRAMES, 3, HEIGHT, WIDTH, dtype=torch.uint8).share_memory_()
-        self.held_labels = torch.zeros(held, 2, dtype=torch.long).share_memory_()
-        self.held_count = torch.zeros(1, dtype=torch.long).share_memory_()
-        jobs: list[tuple[Any, ...]] = [
-            (i, 10_000_000 + settings.seed, [i % len(SCENES)], 0, self.ring, self.ring_labels, self.count)
+        first = 10_000_000 * (1 + rank) + settings.seed
+        self.processes = [
+            context.Process(
+                target=render,
+                args=(i, first, [i % len(SCENES)], 0, self.ring, self.ring_labels, self.count),
+                daemon=True,
+            )
             for i in range(n)
         ]
-        everything = list(range(len(SCENES)))
-        jobs.append((0, 99_000_000, everything, settings.held_out, self.held, self.held_labels, self.held_count))
-        self.processes = [context.Process(target=_render, args=job, daemon=True) for job in jobs]
         for process in self.processes:
             process.start()
-        self.video = torch.zeros(settings.clips, FRAMES, 3, HEIGHT, WIDTH, dtype=torch.uint8, device=settings.device)
-        self.labels = torch.zeros(settings.clips, 2, dtype=torch.long, device=settings.device)
+        self.video = torch.zeros(settings.clips, FRAMES, 3, HEIGHT, WIDTH, dtype=torch.uint8, device=device)
+        self.labels = torch.zeros(settings.clips, 2, dtype=torch.long, device=device)
         self.seen = 0
 
     def take(self) -> None:
@@ -119,11 +126,7 @@ class Clips:
     def batch(self, size: int, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         """`size` random clips as floats in [-1, 1] at a token grid's pixels, and their labels [size, 2]."""
         rows = torch.randint(0, min(self.seen, len(self.video)), (size,), device=self.video.device)
-        video = self.video[rows, : grid[0]].float() / 127.5 - 1
-        shrink = HEIGHT // (4 * grid[1])
-        if shrink > 1:
-            video = torch.nn.functional.avg_pool2d(video.flatten(0, 1), shrink).unflatten(0, video.shape[:2])
-        return video, self.labels[rows]
+        return resize(self.video[rows, :: FRAMES // grid[0]].float(), grid) / 127.5 - 1, self.labels[rows]
 
     def stop(self) -> None:
         """End the rendering processes."""
@@ -131,7 +134,15 @@ class Clips:
             process.terminate()
 
 
-def _captions(device: str) -> Tensor:
+def resize(video: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """Average float pixels [B, T, 3, HEIGHT, WIDTH] down to 4 a token side of `grid`."""
+    shrink = HEIGHT // (4 * grid[1])
+    if shrink == 1:
+        return video
+    return torch.nn.functional.avg_pool2d(video.flatten(0, 1), shrink).unflatten(0, video.shape[:2])
+
+
+def captions(device: torch.device) -> Tensor:
     """Token ids [2 orders, MOTIONS + 1, SCENES + 1, LENGTH]; the last index of each leaves that half out."""
     table = torch.zeros(2, len(MOTIONS) + 1, len(SCENES) + 1, LENGTH, dtype=torch.long)
     for order in range(2):
@@ -143,7 +154,8 @@ def _captions(device: str) -> Tensor:
     return table.to(device)
 
 
-def _optimisers(model: PocketDiT) -> list[torch.optim.Optimizer]:
+def optimisers(model: PocketDiT) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, AdamW for everything else."""
     matrices = [p for name, p in model.blocks.named_parameters() if p.ndim == 2 and "table" not in name]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
     return [
@@ -152,145 +164,146 @@ def _optimisers(model: PocketDiT) -> list[torch.optim.Optimizer]:
     ]
 
 
-def save(model: PocketDiT, weights: dict[str, Tensor], path: Path) -> None:
+def save(weights: dict[str, Tensor], config: PocketConfig, path: Path) -> None:
     """Write float16 weights with the network's shape in the file's metadata."""
     tensors = {name: value.to(torch.float16).contiguous().cpu() for name, value in weights.items()}
-    save_file(tensors, path, metadata=model.config.as_strings())
+    save_file(tensors, path, metadata=config.as_strings())
 
 
-def train(settings: Settings) -> dict[str, Any]:
-    """Run the whole recipe; writes pocket.safetensors, judge.safetensors, card.json and samples.pt into `out`."""
-    out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
-    device = settings.device
-    torch.manual_seed(settings.seed)
+def schedule(step: int) -> tuple[Phase, float]:
+    """The phase of a step and the share of the training that is done."""
+    ends = list(itertools.accumulate(p.steps for p in PHASES))
+    index = next(i for i, end in enumerate(ends) if step < end)
+    if index == len(PHASES) - 1 and step % REHEARSE == 0:
+        index = 1 + step // REHEARSE % (index - 1)
+    return PHASES[index], step / ends[-1]
+
+
+def draw(source: Clips, phase: Phase, size: int, table: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(Clean, noisy clips, noise levels [size], prompt ids) of a step; captions lose a half or all now and then."""
+    clean, labels = source.batch(size, phase.grid)
+    drop = torch.rand(size, device=clean.device)
+    motion = torch.where(drop < 0.15, len(MOTIONS), labels[:, 0])
+    scene = torch.where((drop < 0.1) | (drop > 0.95), len(SCENES), labels[:, 1])
+    text = table[torch.randint(0, 2, (size,), device=clean.device), motion, scene]
+    t = torch.sigmoid(torch.randn(size, device=clean.device) + phase.noise)
+    level = t.view(-1, 1, 1, 1, 1)
+    return clean, (1 - level) * clean + level * torch.randn_like(clean), t, text
+
+
+def loss_of(model: PocketDiT, clean: Tensor, noisy: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    """Mean squared error of the velocity that the predicted clip implies, per clip [B]."""
+    with torch.autocast(clean.device.type, torch.bfloat16):
+        guess = model(noisy, t, text)
+    return ((guess.float() - clean) / t.clamp(min=0.05).view(-1, 1, 1, 1, 1)).square().flatten(1).mean(1)
+
+
+def worker(rank: int, settings: Settings) -> None:
+    """Train on one GPU of `settings.gpus`; rank 0 keeps the average and writes the files."""
+    out, device = Path(settings.out), torch.device("cuda", rank)
+    torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")
-    if device == "cuda":
-        torch.backends.cuda.enable_flash_sdp(False)  # cuDNN's attention is the faster one on Hopper
-        torch.backends.cuda.enable_mem_efficient_sdp(False)
-    source = Clips(settings)
-    model = PocketDiT(PocketConfig(width=settings.width, depth=settings.depth)).to(device)
+    torch.backends.cuda.enable_flash_sdp(False)  # cuDNN's attention is the faster one on Hopper
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    if settings.gpus > 1:
+        dist.init_process_group("nccl", f"file://{out.resolve()}/.rendezvous", rank=rank, world_size=settings.gpus)
+    source = Clips(settings, rank, device)
+    torch.manual_seed(settings.seed)
+    model = PocketDiT().to(device)
     average = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    optimisers = _optimisers(model)
-    base_rates = [group["lr"] for optimiser in optimisers for group in optimiser.param_groups]
-    if device == "cuda":
-        model.compile()
-    captions, curve, total, step, grids_seen = _captions(device), [], torch.zeros((), device=device), 0, {}
+    optims, step, curve, trained = optimisers(model), 0, [], {}
+    rates = [optim.param_groups[0]["lr"] for optim in optims]
+    if (out / "state.pt").exists():
+        state = torch.load(out / "state.pt", map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        average, step, curve, trained = state["average"], state["step"], state["curve"], state["trained"]
+        for optim, saved in zip(optims, state["optims"], strict=True):
+            optim.load_state_dict(saved)
+    torch.manual_seed(settings.seed + 1000 * rank + step + 1)
+    model.compile()
+    table, recent, started = captions(device), [], time.time()
+    total = settings.stop or sum(p.steps for p in PHASES)
+
+    def keep() -> None:
+        card = {
+            "settings": vars(settings), "steps": step, "clips_rendered": source.seen * settings.gpus,
+            "clips_trained": trained, "parameters": sum(p.numel() for p in model.parameters()),
+            "torch": torch.__version__, "gpu": f"{settings.gpus} x {torch.cuda.get_device_name()}",
+            "loss_curve": curve,
+        }  # fmt: skip
+        save(average, model.config, out / "pocket.safetensors")
+        (out / "card.json").write_text(json.dumps(card, indent=1))
+        state = {"model": model.state_dict(), "average": average, "step": step, "curve": curve, "trained": trained}
+        torch.save(state | {"optims": [optim.state_dict() for optim in optims]}, out / "state.tmp")
+        os.replace(out / "state.tmp", out / "state.pt")
+
     try:
-        while source.seen < 40 * settings.workers // 2:
-            time.sleep(0.5)
+        while source.seen < 400:
+            time.sleep(0.2)
             source.take()
-        started, seconds, saved = time.time(), 60 * settings.minutes, time.time()
-        while (elapsed := time.time() - started) < seconds:
-            done = elapsed / seconds
-            phase = next(i for i, p in enumerate(PHASES) if done < p[0])
-            if phase == len(PHASES) - 1 and step % REHEARSE == 0:
-                phase = step // REHEARSE % 2
-            _, grid, size, mean = PHASES[phase]
-            grids_seen[str(grid)] = grids_seen.get(str(grid), 0) + size
-            source.take()
-            rate = min(1.0, (step + 1) / 200) * (1 if done < 0.6 else max(0.02, (1 - done) / 0.4))
-            for optimiser, base in zip(optimisers, base_rates, strict=True):
-                optimiser.param_groups[0]["lr"] = base * rate
-            clean, labels = source.batch(size, grid)
-            drop = torch.rand(size, device=device)
-            motion = torch.where((drop < 0.1) | ((drop > 0.1) & (drop < 0.15)), len(MOTIONS), labels[:, 0])
-            scene = torch.where((drop < 0.1) | (drop > 0.95), len(SCENES), labels[:, 1])
-            text = captions[torch.randint(0, 2, (size,), device=device), motion, scene]
-            t = torch.sigmoid(torch.randn(size, device=device) + mean)
-            level = t.view(-1, 1, 1, 1, 1)
-            noisy = (1 - level) * clean + level * torch.randn_like(clean)
-            with torch.autocast(device, torch.bfloat16):
-                guess = model(noisy, t, text)
-            loss = ((guess.float() - clean) / level.clamp(min=0.05)).square().mean()
+        while step < total:
+            phase, done = schedule(step)
+            size = phase.clips // settings.gpus
+            trained[str(phase.grid)] = trained.get(str(phase.grid), 0) + phase.clips
+            if step % 10 == 0:
+                source.take()
+            rate = min(1.0, (step + 1) / 100) * (1 if done < 0.6 else max(0.02, (1 - done) / 0.4))
+            for optim, base in zip(optims, rates, strict=True):
+                optim.param_groups[0]["lr"] = base * rate
+            loss = loss_of(model, *draw(source, phase, size, table)).mean()
             loss.backward()
+            if settings.gpus > 1:
+                for p in model.parameters():
+                    dist.all_reduce(p.grad, dist.ReduceOp.AVG)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimiser in optimisers:
-                optimiser.step()
-                optimiser.zero_grad()
+            for optim in optims:
+                optim.step()
+                optim.zero_grad(set_to_none=False)
             step += 1
-            keep = min(0.998, (1 + step) / (10 + step))
+            share = min(0.998, (1 + step) / (10 + step))
             with torch.no_grad():
-                state = model.state_dict()
-                torch._foreach_lerp_([average[n] for n in average], [state[n] for n in average], 1 - keep)
-            total += loss.detach()
-            if step % 50 == 0:
-                curve.append([step, round(elapsed, 1), list(grid), round(total.item() / 50, 5)])
-                print(
-                    f"step {step} {elapsed:.0f} s grid {grid} loss {total.item() / 50:.4f} clips {source.seen}",
-                    flush=True,
-                )
-                total.zero_()
-            if time.time() - saved > 120:
-                save(model, average, out / "pocket.safetensors")
-                saved = time.time()
+                now = model.state_dict()
+                torch._foreach_lerp_([average[n] for n in average], [now[n] for n in average], 1 - share)
+            recent.append(loss.detach())
+            if rank == 0 and step % 100 == 0:
+                mean, grid = round(torch.stack(recent).mean().item(), 5), list(phase.grid)
+                curve.append([step, grid, mean])
+                recent.clear()
+                print(f"step {step} {time.time() - started:.0f} s {grid} loss {mean} clips {source.seen}", flush=True)
+            if rank == 0 and (step % 500 == 0 or step == total):
+                keep()
     finally:
         source.stop()
-    save(model, average, out / "pocket.safetensors")
-    card = {
-        "settings": vars(settings), "steps": step, "clips_rendered": source.seen, "clips_trained": grids_seen,
-        "parameters": sum(p.numel() for p in model.parameters()), "torch": torch.__version__,
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else "cpu", "loss_curve": curve,
-    }  # fmt: skip
-    model.load_state_dict({name: value.half().float() for name, value in average.items()})
-    card["checks"] = check(model.eval(), source, settings, out)
-    (out / "card.json").write_text(json.dumps(card, indent=1))
-    return card
+    if settings.gpus > 1:
+        dist.destroy_process_group()
 
 
-def check(model: PocketDiT, source: Clips, settings: Settings, out: Path) -> dict[str, Any]:
-    """Fit the judge, score held-out real clips and generated ones (seeds 0 to check_seeds - 1, unselected)."""
-    device = settings.device
-    real = min(source.seen, len(source.video), 12000)
-    judge = fit(source.video[:real], source.labels[:real, 0], source.labels[:real, 1], settings.judge_steps, 0)
-    half = {name: value.half().contiguous().cpu() for name, value in judge.state_dict().items()}
-    save_file(half, out / "judge.safetensors")
-    judge.load_state_dict({name: value.float() for name, value in half.items()})
-    held = int(source.held_count)
-    held_video, held_labels = source.held[:held].to(device), source.held_labels[:held].to(device)
-    results: dict[str, Any] = {"held_out_clips": held}
-    samples = {}
-    seeds = list(range(settings.check_seeds))
-    motions = torch.tensor([seed % len(MOTIONS) for seed in seeds], device=device)
-    scenes = torch.tensor([seed // len(MOTIONS) % len(SCENES) for seed in seeds], device=device)
-    for name, (grid, shift) in CHECKS.items():
-        shrink = HEIGHT // (4 * grid[1])
-        truth = held_video[:, : grid[0]]
-        if shrink > 1:
-            flat = torch.nn.functional.avg_pool2d(truth.flatten(0, 1).float(), shrink).round().byte()
-            truth = flat.unflatten(0, truth.shape[:2])
-        made = []
-        for start in range(0, len(seeds), 10):
-            some = seeds[start : start + 10]
-            noise = initial_noise(some, (grid[0], 3, 4 * grid[1], 4 * grid[2])).to(device)
-            prompts = [sentence(int(motions[s]), int(scenes[s])) for s in some]
-            text = torch.tensor([tokens(prompt) for prompt in prompts], device=device)
-            with torch.autocast(device, torch.bfloat16):
-                made.append(sample(model, noise, text, steps=20, shift=shift, guidance=2.0))
-        video = torch.cat(made)
-        results[name] = {
-            "real": score(judge, truth, held_labels[:, 0], held_labels[:, 1]),
-            "generated": score(judge, video, motions, scenes),
-        }
-        samples[name] = {"generated": video[:36:4].cpu(), "real": truth[:: max(1, len(truth) // 6)][:6].cpu()}
-        print(name, json.dumps(results[name]), flush=True)
-    torch.save(samples, out / "samples.pt")
-    return results
-
-
-def main(arguments: list[str]) -> None:
-    """Parse key=value options and train."""
-    kinds = {field.name: field.type for field in fields(Settings)}
+def parse(kind: type, arguments: list[str]) -> Any:
+    """A dataclass of options from key=value arguments; SystemExit names an unknown or malformed one."""
+    kinds = {field.name: field.type for field in fields(kind)}
     values: dict[str, Any] = {}
     for argument in arguments:
         key, _, value = argument.partition("=")
         if key not in kinds:
             raise SystemExit(f"unknown option {argument!r}; options: {', '.join(kinds)}")
-        values[key] = {"int": int, "float": float, "str": str}[str(kinds[key])](value)
-    settings = Settings(**values)
-    if settings.minutes <= 0 or not math.isfinite(settings.minutes):
-        raise SystemExit(f"minutes must be positive, got {settings.minutes}")
-    train(settings)
+        try:
+            values[key] = {"int": int, "float": float, "str": str}[str(kinds[key])](value)
+        except ValueError:
+            raise SystemExit(f"{key} must be of type {kinds[key]}, got {value!r}") from None
+    return kind(**values)
+
+
+def main(arguments: list[str]) -> None:
+    """Parse key=value options and train."""
+    settings = parse(Settings, arguments)
+    if not 1 <= settings.gpus <= torch.cuda.device_count():
+        raise SystemExit(f"gpus must be from 1 to the {torch.cuda.device_count()} that torch sees, got {settings.gpus}")
+    Path(settings.out).mkdir(parents=True, exist_ok=True)
+    (Path(settings.out) / ".rendezvous").unlink(missing_ok=True)
+    if settings.gpus == 1:
+        worker(0, settings)
+    else:
+        mp.spawn(worker, (settings,), settings.gpus)
 
 
 if __name__ == "__main__":
