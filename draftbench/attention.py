@@ -288,6 +288,9 @@ class Session:
             layout, self.step, self.steps, layer, branch, text_lengths, seeds, head_offset, state, self.executor,
             self.meter,
         )  # fmt: skip
+        return self._attend(q, k, v, call)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         before = self.meter.sparse_calls
         result = self.method.attend(q, k, v, call)
         if self.meter.sparse_calls == before:

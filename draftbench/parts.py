@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,34 +10,43 @@ import torch
 
 PARTS = ("estimate", "order", "kernel", "restore")
 
-_collecting: dict[str, float] | None = None
-_device: torch.device = torch.device("cpu")
+
+class _Clock:
+    """Milliseconds by part; the time of an inner part is taken from the outer one."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.total, self.inner = device, dict.fromkeys(PARTS, 0.0), [0.0]
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() * 1000
+
+
+_clock: _Clock | None = None
 
 
 @contextmanager
 def part(name: str) -> Iterator[None]:
-    """Mark the enclosed work as `name`, one of `PARTS`; free of cost and of synchronisation unless collected."""
-    if _collecting is None:
+    """Mark the enclosed work as `name`, one of `PARTS`; no cost and no synchronisation unless collected."""
+    clock = _clock
+    if clock is None:
         yield
         return
-    start = _now()
+    clock.inner.append(0.0)
+    start = clock.now()
     yield
-    _collecting[name] += (_now() - start) * 1000
+    elapsed = clock.now() - start
+    clock.total[name] += elapsed - clock.inner.pop()
+    clock.inner[-1] += elapsed
 
 
 @contextmanager
 def collect(device: torch.device) -> Iterator[dict[str, float]]:
     """Milliseconds of each part run inside; waits for the device around every part, so time nothing else meanwhile."""
-    global _collecting, _device
-    before, before_device = _collecting, _device
-    _collecting, _device = defaultdict(float), device
+    global _clock
+    before, _clock = _clock, _Clock(device)
     try:
-        yield _collecting
+        yield _clock.total
     finally:
-        _collecting, _device = before, before_device
-
-
-def _now() -> float:
-    if _device.type == "cuda":
-        torch.cuda.synchronize(_device)
-    return time.perf_counter()
+        _clock = before

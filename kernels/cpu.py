@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..attention import Plan
 from ..layout import Layout, permutation
+from ..parts import part
 
 
 def refuse(q: Tensor, plan: Plan) -> str | None:
@@ -18,7 +19,8 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, layout: Layout) -> tuple[Te
     """See `draftbench.kernels`; any plan, float32, float64 or bfloat16."""
     batch, length, heads, dim = q.shape
     q_order, kv_order = (permutation(order, layout, q.device) for order in (plan.q_order, plan.kv_order))
-    q, k, v = _ordered(q, q_order), _ordered(k, kv_order), _ordered(v, kv_order)
+    with part("order"):
+        q, k, v = _ordered(q, q_order), _ordered(k, kv_order), _ordered(v, kv_order)
     out = torch.zeros_like(q)
     lse = torch.full((batch, heads, length), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -33,12 +35,13 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, layout: Layout) -> tuple[Te
                 if first == end or not spans:
                     continue
                 keys, values = (torch.cat([x[b, h, s:e] for s, e in spans])[None, None] for x in (k, v))
-                part, total = attend(q[b : b + 1, h : h + 1, first:end], keys, values)
-                out[b, h, first:end], lse[b, h, first:end] = part[0, 0], total.view(-1)
+                found, total = attend(q[b : b + 1, h : h + 1, first:end], keys, values)
+                out[b, h, first:end], lse[b, h, first:end] = found[0, 0], total.view(-1)
     if q_order is not None:
-        where = q_order.expand(batch, heads, -1)
-        out = torch.zeros_like(out).scatter_(2, where[..., None].expand(-1, -1, -1, dim), out)
-        lse = torch.empty_like(lse).scatter_(2, where, lse)
+        with part("restore"):
+            where = q_order.expand(batch, heads, -1)
+            out = torch.zeros_like(out).scatter_(2, where[..., None].expand(-1, -1, -1, dim), out)
+            lse = torch.empty_like(lse).scatter_(2, where, lse)
     return out.transpose(1, 2), lse
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..attention import Call, Plan
-from ..layout import Box, Order, box_order, box_sizes, offsets
+from ..layout import Box, Identity, Order, box_sizes, even_sizes, offsets
 
 
 def pool(x: Tensor, box: Box, grid: tuple[int, int, int], how: str = "average") -> Tensor:
@@ -75,34 +75,14 @@ def plan_from_mask(
     return Plan(starts, starts, counts, blocks, block, block, order, order, fallbacks)
 
 
+def full_plan(call: Call, heads: int, block: int = 128) -> Plan:
+    """A plan that keeps everything, in blocks of `block` tokens."""
+    sizes = even_sizes(call.layout.video, block, call.text_lengths.device)
+    mask = torch.ones(len(call.text_lengths), heads, len(sizes), len(sizes), dtype=torch.bool, device=sizes.device)
+    return plan_from_mask(mask, Identity(), sizes, block, call)
+
+
 def box_plan(mask: Tensor, box: Box, call: Call, fallbacks: Tensor | None = None) -> Plan:
     """As `plan_from_mask`, for boxes in grid order."""
     sizes = box_sizes(box, call.layout.grid, mask.device)
     return plan_from_mask(mask, box, sizes, box.t * box.h * box.w, call, fallbacks)
-
-
-def attention_mass(q: Tensor, k: Tensor, box: Box, call: Call, rows: int = 1024) -> Tensor:
-    """True attention mass between boxes: softmax(q k^T / sqrt(D)) summed over the pairs of each two boxes.
-
-    [B, H, boxes, boxes] float32; each row sums to its number of tokens less what its tokens give to text. Slow by
-    nature: it forms every score, `rows` query rows at a time.
-    """
-    batch, _, heads, dim = q.shape
-    layout, device = call.layout, q.device
-    order = box_order(box, layout.grid, device)
-    sizes = box_sizes(box, layout.grid, device).long()
-    member = torch.repeat_interleave(torch.arange(len(sizes), device=device), sizes)
-    onehot = torch.nn.functional.one_hot(member, len(sizes)).to(q.dtype)
-    mass = torch.zeros(batch, heads, len(sizes), len(sizes), device=device)
-    for b in range(batch):
-        real = torch.arange(q.shape[1], device=device) < layout.video + call.text_lengths[b]
-        for h in range(heads):
-            queries = q[b, order, h]
-            keys = torch.cat([k[b, order, h], k[b, layout.video :, h]])
-            for start in range(0, layout.video, rows):
-                part = slice(start, start + rows)
-                scores = (queries[part] @ keys.T).float() / dim**0.5
-                weights = scores.masked_fill(~real, -torch.inf).softmax(-1)[:, : layout.video]
-                columns = (weights.to(onehot.dtype) @ onehot).float()
-                mass[b, h].index_add_(0, member[part], columns)
-    return mass

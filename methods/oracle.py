@@ -8,7 +8,7 @@ from draftbench.methods.draft import Draft
 from torch import Tensor
 
 from ..attention import Call
-from ..kernels.select import attention_mass
+from ..kernels.mass import attention_mass
 from ..layout import box_sizes
 
 

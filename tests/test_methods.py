@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from draftbench.kernels import dense, run
-from draftbench.kernels.select import attention_mass
+from draftbench.kernels.mass import attention_mass
 
 from draftbench.attention import DenseParts, Meter, Method, Session, count_pairs
 from draftbench.layout import Box, Layout
@@ -119,7 +119,7 @@ def test_attention_mass_is_the_softmax_summed():
     from types import SimpleNamespace
 
     box = Box(1, 4, 8)
-    mass = attention_mass(q, k, box, SimpleNamespace(layout=layout, text_lengths=lengths), rows=50)
+    mass = attention_mass(q, k, box, SimpleNamespace(layout=layout, text_lengths=lengths))
     weights = (q[0, :, 0].double() @ k[0, :, 0].double().T / 4).softmax(-1)
     t, y, x = torch.meshgrid(*(torch.arange(n) for n in layout.grid), indexing="ij")
     region = (t * 6 + y // 4 * 2 + x // 8).flatten()

@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import save_file
 from torch import Tensor
 
+from . import judge as judging
 from .clips import HEIGHT, WIDTH
 from .judge import fit, sharpness, verdicts
 from .model import load
@@ -33,6 +34,7 @@ class Settings:
 
     out: str = "outputs/pocket_training"
     workers: int = 16
+    shift: float = 0.0  # of the sampler; 0 takes each grid's own
     real: int = 1000  # clips a scene to fit the judge on
     held_out: int = 100  # clips a scene to score
     judge_steps: int = 2500
@@ -65,16 +67,19 @@ def check(settings: Settings) -> dict[str, object]:
     """Scores by grid: {"real": ..., "generated": ...} shares of motions and scenes seen as asked, and sharpness."""
     out, device = Path(settings.out), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
-    video, labels = (x.to(device) for x in rendered(50_000_000, settings.real, settings.workers))
+    fresh = not (out / "judge.safetensors").exists()
     held, truth = (x.to(device) for x in rendered(99_000_000, settings.held_out, settings.workers))
-    judge = fit(resize(video.float(), (FRAMES, 16, 24)).round().byte(), *labels.T, settings.judge_steps, 0)
-    half = {name: value.half().contiguous().cpu() for name, value in judge.state_dict().items()}
-    save_file(half, out / "judge.safetensors")
-    judge.load_state_dict({name: value.float() for name, value in half.items()})
+    if fresh:
+        video, labels = (x.to(device) for x in rendered(50_000_000, settings.real, settings.workers))
+        fitted = fit(resize(video.float(), (FRAMES, 16, 24)).round().byte(), *labels.T, settings.judge_steps, 0)
+        half = {name: value.half().contiguous().cpu() for name, value in fitted.state_dict().items()}
+        save_file(half, out / "judge.safetensors", metadata={"fitted_on": str(len(video))})
+    judge = judging.load(out / "judge.safetensors").to(device)
+    fitted_on = judging.read_weights(out / "judge.safetensors")[0].get("fitted_on", 0)
     model = load(out / "pocket.safetensors").to(device)
     seeds = list(range(settings.seeds))
     asked = torch.tensor([[s % len(MOTIONS), s // len(MOTIONS) % len(SCENES)] for s in seeds], device=device)
-    scores: dict[str, object] = {"fitted_on": len(video), "held_out": len(held), "guidance": settings.guidance}
+    scores: dict[str, object] = {"fitted_on": fitted_on, "held_out": len(held), "guidance": settings.guidance}
     samples = {}
 
     def score(clips: Tensor, wanted: Tensor) -> dict[str, float]:
@@ -87,6 +92,7 @@ def check(settings: Settings) -> dict[str, object]:
 
     for name in settings.grids.split(","):
         grid, steps, shift = GRIDS[name]
+        shift = settings.shift or shift
         real = torch.cat([resize(x[:, :: FRAMES // grid[0]].float(), grid).round().byte() for x in held.split(50)])
         made = []
         for start in range(0, len(seeds), 10):
@@ -103,7 +109,7 @@ def check(settings: Settings) -> dict[str, object]:
         samples[f"{name}.generated"], samples[f"{name}.real"] = clips[:36:5].cpu(), real[first].cpu()
     save_file(samples, out / "samples.safetensors")
     card = json.loads((out / "card.json").read_text())
-    (out / "card.json").write_text(json.dumps(card | {"checks": scores}, indent=1))
+    (out / "card.json").write_text(json.dumps(card | {"checks": scores, "check_seeds": settings.seeds}, indent=1))
     return scores
 
 

@@ -8,11 +8,13 @@ MODEL_CARD.md.
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .model import read_weights
 from .prompts import MOTIONS, SCENES
 
 SIZE = (64, 96)  # the classifier's input, whatever the clip's size
@@ -64,8 +66,8 @@ def fit(clips: Tensor, motions: Tensor, scenes: Tensor, steps: int, seed: int) -
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps)
     for _ in range(steps):
         rows = torch.randint(0, len(clips), (64,), device=clips.device)
-        frames = 8 if torch.rand(()) < 0.5 else clips.shape[1]
-        batch = clips[rows, :frames].flatten(0, 1).float()
+        frames = clips.shape[1] // 2 if torch.rand(()) < 0.5 else clips.shape[1]  # the small grid has every other frame
+        batch = clips[rows, :: clips.shape[1] // frames].flatten(0, 1).float()
         if torch.rand(()) < 0.5:
             batch = F.interpolate(F.avg_pool2d(batch, 4), scale_factor=4, mode="bilinear")
         batch = batch.unflatten(0, (64, frames))
@@ -78,6 +80,13 @@ def fit(clips: Tensor, motions: Tensor, scenes: Tensor, steps: int, seed: int) -
         optimiser.step()
         schedule.step()
     return judge.eval()
+
+
+def load(path: Path) -> Judge:
+    """The judge in a weights file, in evaluation mode; errors as `model.read_weights`."""
+    judge = Judge()
+    judge.load_state_dict(read_weights(path)[1])
+    return judge.eval().requires_grad_(False)
 
 
 @torch.no_grad()

@@ -199,19 +199,29 @@ class PocketDiT(nn.Module):
 
 
 def load(path: Path) -> PocketDiT:
-    """A model from a weights file, float32, on the CPU, in evaluation mode.
+    """The network in a weights file, float32, on the CPU, in evaluation mode.
 
     Raises FileNotFoundError or ValueError, naming the file, if it is missing, a pickle, damaged or of another network.
     """
+    shape, weights = read_weights(path)
+    try:
+        model = PocketDiT(PocketConfig(**shape))
+        model.load_state_dict(weights)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"model.weights: {path} holds another network ({str(error).splitlines()[0]})") from None
+    return model.eval().requires_grad_(False)
+
+
+def read_weights(path: Path) -> tuple[dict[str, int], dict[str, Tensor]]:
+    """(Metadata, float32 tensors) of a safetensors file; errors as `load`."""
     if not path.is_file():
         raise FileNotFoundError(f"model.weights: there is no file {path}")
     try:
         with safe_open(path, "pt") as file:
             shape = {key: int(value) for key, value in (file.metadata() or {}).items()}
-            weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-        model = PocketDiT(PocketConfig(**shape))
-        model.load_state_dict(weights)
-    except (SafetensorError, TypeError, ValueError, RuntimeError) as error:
+            return shape, {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"model.weights: {path} is not a safetensors file of pocket's weights ({reason})") from None
-    return model.eval().requires_grad_(False)
+        raise ValueError(
+            f"model.weights: {path} is not a whole safetensors file ({reason}); pickles are not read"
+        ) from None

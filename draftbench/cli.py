@@ -1,0 +1,472 @@
+"""The command line: Hydra's, with `+group=x` allowed, every job of a sweep judged first, and errors of a line or two.
+
+A job that fails leaves its traceback in its folder (`error.txt`) and does not end the others of a sweep. Exit codes:
+0; 1 if a job or a cell failed; 2 if nothing was run; 130 if interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import re
+import sys
+import textwrap
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from . import records, schema
+
+CONFIGS = "draftbench.conf"
+ERROR = "error.txt"  # in a job's folder: the traceback of its failure
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; errors go to stderr, with a traceback only for debug=true."""
+    argv = normalise(list(sys.argv[1:] if argv is None else argv), groups())
+    try:
+        return _main(argv)
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return 130
+    except Exception as error:
+        _say(message(error, argv))
+        if _debug(argv):
+            traceback.print_exception(error)
+        return 2
+
+
+def normalise(argv: list[str], groups: list[str]) -> list[str]:
+    """Rewrite `+group=x` to `group=x`, for both spellings to work; `+group.key=v` and `+group={...}` stay as they are.
+
+    Hydra refuses the plus for a group that is in the defaults list already.
+    """
+    pattern = re.compile(rf"\+({'|'.join(map(re.escape, groups))})=(?!\s*\{{)")
+    return [pattern.sub(r"\1=", argument, count=1) if pattern.match(argument) else argument for argument in argv]
+
+
+def groups() -> list[str]:
+    """The groups in the defaults list of conf/config.yaml."""
+    return list(_defaults((files(CONFIGS) / "config.yaml").read_text(encoding="utf-8")))
+
+
+def _defaults(text: str) -> dict[str, str | None]:
+    """Group to option of a config's defaults list, in its order."""
+    entries = [entry for entry in OmegaConf.create(text).defaults if isinstance(entry, DictConfig)]
+    return {str(key).split()[-1]: option for entry in entries for key, option in entry.items()}
+
+
+def task(config: DictConfig) -> None:
+    """What Hydra runs for each job, perhaps in another process; a failure is told and noted, and not raised."""
+    hydra_config = HydraConfig.get()
+    folder = Path(hydra_config.runtime.output_dir)
+    sweep = hydra_config.mode == RunMode.MULTIRUN
+    try:
+        schema.check(config)
+        from . import run
+
+        run.job(config, folder, group=Path(hydra_config.sweep.dir).name if sweep else None)
+    except Exception as error:
+        job = f"job {hydra_config.job.num} ({' '.join(hydra_config.overrides.task)}) failed: " if sweep else ""
+        _say(f"{job}{message(error)}\nThe traceback is in {folder / ERROR}")
+        if config.get("debug") is True:
+            traceback.print_exception(error)
+        trace = "".join(traceback.format_exception(error))
+        (folder / ERROR).write_text(trace, encoding="utf-8")
+
+
+_hydra_main = hydra.main(version_base="1.3", config_path=f"pkg://{CONFIGS}", config_name="config")(task)
+
+
+@dataclass
+class Jobs:
+    """The composed and checked jobs of a command line, and where they write."""
+
+    configs: list[DictConfig]
+    root: Path
+    key: str  # of root: hydra.run.dir or hydra.sweep.dir
+    fresh: bool  # root is named by the time, so one that exists is another run's
+    places: list[str]  # of the jobs, under root
+
+    @property
+    def folders(self) -> list[Path]:
+        """One a job."""
+        return [self.root / place for place in self.places]
+
+
+def _main(argv: list[str]) -> int:
+    parser = get_args_parser()
+    parser.error = _refuse  # type: ignore[method-assign]
+    if "--version" in argv:
+        print(f"draftbench {version('draftbench')}")
+        return 0
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.help:
+        print(help_page())
+        return 0
+    overrides = list(arguments.overrides)
+    flags = _without(argv, overrides)
+    asks = arguments.cfg, arguments.info, arguments.hydra_help, arguments.shell_completion, arguments.experimental_rerun
+    if any(asks):
+        _run_hydra([*flags, *overrides])
+        return 0
+    if arguments.config_path:
+        raise ValueError("--config-path is not supported; --config-dir=FOLDER adds a folder of your own configs")
+    jobs = plan(arguments, overrides)
+    place = f"{jobs.key}={QuotedString(str(jobs.root), Quote.single).with_quotes()}"
+    code = 0
+    try:
+        _run_hydra([*flags, *overrides, place])
+    except KeyboardInterrupt:
+        _say(f"interrupted; what is finished is in {jobs.root}")
+        return 130
+    except Exception as error:
+        _say(message(error, overrides))
+        if _debug(argv):
+            traceback.print_exception(error)
+        code = 1
+    return gather(jobs) or code
+
+
+def plan(arguments: argparse.Namespace, overrides: list[str]) -> Jobs:
+    """Compose every job and check it, its model and its output folder; raises what is wrong before any work is done."""
+    own = [f"hydra.searchpath=[file://{Path(arguments.config_dir).absolute()}]"] if arguments.config_dir else []
+    with _configs() as loader:
+        parsed = OverridesParser.create(loader).parse_overrides(overrides)
+        for override in parsed:
+            _check_option(override, loader, own)
+
+        def compose(chosen: list[str]) -> DictConfig:
+            name = arguments.config_name or "config"
+            return hydra.compose(name, [*own, *chosen], return_hydra_config=True)
+
+        first = compose(BasicSweeper.split_arguments(parsed, None)[0][0])
+        mode = RunMode.MULTIRUN if arguments.multirun else first.hydra.mode
+        if mode == RunMode.MULTIRUN:
+            if not str(first.hydra.sweeper._target_).endswith(".BasicSweeper"):
+                raise ValueError("hydra/sweeper must be basic, so that every job can be checked before the first runs")
+            swept = [f"{key}={value}" for key, value in (first.hydra.sweeper.params or {}).items()]
+            parsed = OverridesParser.create(loader).parse_overrides([*swept, *overrides])
+            configs = [compose(chosen) for chosen in BasicSweeper.split_arguments(parsed, None)[0]]
+        else:
+            for override in parsed:
+                _check_single(override)
+            configs = [compose(overrides)]
+        jobs = _place(configs, mode == RunMode.MULTIRUN)
+        for config in jobs.configs:
+            schema.check(config)
+    _check_models(jobs.configs)
+    _claim(jobs)
+    return jobs
+
+
+def _check_option(override: Override, loader: ConfigLoader, own: list[str]) -> None:
+    """Raise ValueError for an option that its group does not have, with the options, or what cannot be swept."""
+    key = override.key_or_group
+    if not key:
+        raise ValueError(f"{override.input_line!r} must have the form key=value")
+    if override.is_sweep_override() and (override.is_hydra_override() or not override.is_discrete_sweep()):
+        raise ValueError(f"{override.input_line} cannot be swept; a sweep is over values of our own keys: key=a,b,c")
+    options = loader.get_group_options(key, config_name="config", overrides=own)
+    if not options or override.is_delete() or override.package or isinstance(override.value(), dict):
+        return
+    swept = override.is_sweep_override()
+    for value in override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]:
+        if value not in options:
+            raise ValueError(f"{key} must be one of {', '.join(options)}, got {value!r}")
+
+
+def _check_single(override: Override) -> None:
+    """Raise ValueError for several values where there is one job."""
+    if override.is_sweep_override():
+        key = override.key_or_group
+        alike = f"; {key}=[...] is one job with a list of them" if key in ("prompts", "seeds", "metrics") else ""
+        raise ValueError(f"{override.input_line} has several values: add -m to run a sweep{alike}")
+
+
+def _place(configs: list[DictConfig], sweep: bool) -> Jobs:
+    """Work out the output folders as Hydra will, and take Hydra's own part out of the configs."""
+    key = "hydra.sweep.dir" if sweep else "hydra.run.dir"
+    raw = OmegaConf.to_yaml(configs[0].hydra.sweep if sweep else configs[0].hydra.run)
+    roots, places, jobs = [], [], []
+    for number, config in enumerate(configs):
+        with open_dict(config):
+            config.hydra.job.num, config.hydra.job.id = number, str(number)
+        HydraConfig.instance().set_config(config)  # for interpolations of the form ${hydra:...}
+        roots.append(str(OmegaConf.select(config, key)))
+        places.append(str(config.hydra.sweep.subdir) if sweep else "")
+        jobs.append(OmegaConf.masked_copy(config, [str(name) for name in config if name != "hydra"]))
+    if len(set(places)) < len(places):
+        raise ValueError(f"hydra.sweep.subdir must differ from job to job, got {places[0]!r} for more than one")
+    return Jobs(jobs, Path(roots[0]), key, bool(re.search(r"^dir:.*\$\{now:", raw, re.MULTILINE)), places)
+
+
+def _check_models(configs: list[DictConfig]) -> None:
+    """`schema.check_job` once for each set of what it looks at."""
+    keys = ["model", "prompts", "device", "executor", "metrics", "lpips_net"]
+    distinct = {OmegaConf.to_yaml(OmegaConf.masked_copy(config, keys), resolve=True): config for config in configs}
+    for config in distinct.values():
+        schema.check_job(config)
+
+
+def _claim(jobs: Jobs) -> None:
+    """Make the output folder, write to it for a try, and forget the failures of an earlier run of the same jobs."""
+    given = jobs.root
+    try:
+        for number in itertools.count(2):
+            try:
+                jobs.root.mkdir(parents=True, exist_ok=not jobs.fresh)
+                break
+            except FileExistsError:
+                if not jobs.fresh:
+                    raise
+                jobs.root = given.with_name(f"{given.name}_{number}")
+        probe = jobs.root / f".draftbench-{os.getpid()}"
+        try:
+            probe.write_bytes(bytes(2**20))
+        finally:
+            probe.unlink(missing_ok=True)
+        for folder in jobs.folders:
+            (folder / ERROR).unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"{jobs.key} must be a folder that can be written, got {jobs.root}: {reason}") from error
+
+
+def gather(jobs: Jobs) -> int:
+    """Tell what failed, and for a sweep print, write and log the table of all its records; 1 if anything failed."""
+    failures = [folder for folder in jobs.folders if (folder / ERROR).exists()]
+    missing = [folder for folder in jobs.folders if not folder.exists()]
+    try:
+        rows = records.read_all(folder for folder in jobs.folders if folder.exists())
+    except ValueError as error:
+        _say(message(error))
+        return 1
+    bad = sum(row["status"] != "ok" for row in rows)
+    if jobs.key == "hydra.sweep.dir":
+        _show_sweep(jobs, rows)
+        if failures or missing:
+            _say(f"{len(failures) + len(missing)} of {len(jobs.folders)} jobs failed, see {jobs.root}/*/{ERROR}")
+    if bad:
+        _say(f"{bad} of {len(rows)} cells failed")
+    return int(bool(failures or missing or bad))
+
+
+def _show_sweep(jobs: Jobs, rows: list[dict[str, Any]]) -> None:
+    from . import report, tracking
+
+    table = report.table(rows)
+    print(f"\n{table}\n\nTable, records and videos: {jobs.root}")
+    try:
+        with records.replacing(jobs.root / "table.txt") as temporary:
+            temporary.write_text(table + "\n", encoding="utf-8")
+    except OSError as error:
+        _say(message(error))
+    settings = jobs.configs[0].tracking
+    if rows:
+        tracking.log_sweep(rows, settings.project, jobs.root, jobs.root.name, settings.mode)
+
+
+def message(error: BaseException, overrides: Sequence[str] = ()) -> str:
+    """An error in a line or two that name the key, the value and what is allowed, without Hydra's advice for coders."""
+    cause = error.__cause__
+    if isinstance(error, OverrideParseException):
+        line = error.override
+        if not re.match(r"[^=]+=", line):
+            return f"{line!r} must have the form key=value"
+        return f"cannot read {line!r}: quote a value with special characters, as in prompts='[\"turn left, slowly\"]'"
+    if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException):
+        key = str(cause.full_key or "")
+        given = next((o for o in overrides if _key(o) and f"{key}.".startswith(f"{_key(o)}.")), key)
+        if "Could not override" in str(error):
+            given = given if _key(given) == key else key
+            return str(_unknown(given, overrides))
+        return f"{given} does not fit: {str(cause).splitlines()[0]}"
+    text = " ".join(str(error).split())
+    if isinstance(error, ConfigCompositionException) and "Could not append" in text:
+        key = text.partition("already at '")[2].partition("'")[0]
+        return f"{key} is in the config already: write {key}=VALUE without the +"
+    if isinstance(error, HydraException):
+        return text.partition(" Config search path:")[0]
+    if isinstance(error, OSError) and error.strerror and str(error).startswith("[Errno"):
+        text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    expected = isinstance(error, ValueError | OSError | RuntimeError | ImportError)
+    return text if expected and text else f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
+def _unknown(given: str, overrides: Sequence[str]) -> ValueError:
+    """The error for an unknown key: the nearest keys of the chosen groups, and those beside it."""
+    chosen = [o for o in overrides if _key(o) in groups() and not re.search(r"[,{]", o) and o[0] not in "+~"]
+    try:
+        with _configs():
+            config = hydra.compose("config", chosen, return_hydra_config=given.startswith("hydra."))
+    except (HydraException, ValueError):
+        return ValueError(f"unknown key {given}")
+    parent = _key(given).rpartition(".")[0]
+    beside = OmegaConf.select(config, parent) if parent else config
+    if isinstance(beside, DictConfig):
+        shown = [f"{parent}.{name!s}".lstrip(".") for name in beside]
+    else:
+        shown = list(map(str, config))
+    return schema.unknown(given, _dotted(config), shown)
+
+
+def _dotted(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Every key, dotted."""
+    for name in map(str, node):
+        yield f"{prefix}{name}"
+        if not (OmegaConf.is_interpolation(node, name) or OmegaConf.is_missing(node, name)):
+            yield from _dotted(node[name], f"{prefix}{name}.") if isinstance(node[name], DictConfig) else ()
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def _debug(argv: Sequence[str]) -> bool:
+    return any(re.fullmatch(r"\+{0,2}debug=true", argument, re.IGNORECASE) for argument in argv)
+
+
+def _say(text: str) -> None:
+    """A message on stderr, after what was printed so far."""
+    with suppress(OSError):
+        sys.stdout.flush()
+    print(f"draftbench: {text}", file=sys.stderr, flush=True)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(f"{message} (see --help)")
+
+
+def _without(argv: list[str], overrides: list[str]) -> list[str]:
+    """What is left of argv, in order."""
+    left, flags = list(overrides), []
+    for argument in argv:
+        if left and argument == left[0]:
+            del left[0]
+        else:
+            flags.append(argument)
+    return flags
+
+
+@contextmanager
+def _configs() -> Iterator[ConfigLoader]:
+    """Hydra's compose API over our configs."""
+    with hydra.initialize_config_module(CONFIGS, version_base="1.3"):
+        yield GlobalHydra.instance().config_loader()
+
+
+def _run_hydra(argv: list[str]) -> None:
+    """Hydra's own main over argv; its errors are raised instead of printed."""
+    before, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv, os.environ["HYDRA_FULL_ERROR"] = [before[0], *argv], "1"
+    try:
+        _hydra_main()
+    except SystemExit as end:
+        if end.code:
+            raise RuntimeError(f"Hydra ended with exit code {end.code}") from end
+    finally:
+        sys.argv = before
+        if full is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = full
+
+
+def help_page() -> str:
+    """The page of --help; groups, options, knobs and comments come from the files in conf."""
+    conf = files(CONFIGS)
+    root = (conf / "config.yaml").read_text(encoding="utf-8")
+    lines = [
+        f"draftbench {version('draftbench')}: what sparse attention costs and gains a video diffusion transformer.",
+        "It generates the same clip with dense attention and with a method, and measures fidelity and latency.",
+        "",
+        "Usage: draftbench [group=option | +group=option] [key=value] ...    (or python -m draftbench ...)",
+        "  draftbench method=draft sparsity=0.9",
+        "  draftbench model=pocket_large device=cuda 'prompts=[turn left, walk forward]' 'seeds=[0,1]'",
+        "  draftbench -m +method=dense,sta,svg,draft sparsity=0.5,0.75,0.9    (-m: a sweep, one job each)",
+        "",
+        "Groups (* is the default)",
+    ]
+    for group, default in _defaults(root).items():
+        for i, path in enumerate(sorted((conf / group).iterdir(), key=lambda path: path.name)):
+            option = path.name.removesuffix(".yaml")
+            if path.name != option:
+                mark = "*" if option == default else " "
+                about = _about(path.read_text(encoding="utf-8"))
+                lines += _columns(f"  {'' if i else group:<11}{mark}{option}", about, 30)
+    lines += ["", "Keys and their defaults (draftbench method=svg --cfg job shows every key of a choice)"]
+    for key, value, comment in _knobs(root):
+        lines += _columns(f"  {key}={value}".removesuffix("="), comment, 40)
+    lines += [
+        "",
+        "Results: a folder for each run under outputs/ (hydra.run.dir, hydra.sweep.dir) with record*.json, videos and",
+        "a picture; table.txt for a sweep. `python -m draftbench.records promote FOLDER --name NAME` keeps records.",
+        "",
+        "Flags: -m, --multirun; --cfg job; --config-dir FOLDER (configs of your own); --version; --hydra-help, --info",
+    ]
+    return "\n".join(lines)
+
+
+def _columns(left: str, right: str, width: int) -> list[str]:
+    """Text in a second column, under the first where that is too long for its own."""
+    wrapped = textwrap.wrap(right, 112 - width, break_on_hyphens=False) or [""]
+    first = [left] if len(left) >= width - 1 and right else [f"{left:<{width}}{wrapped.pop(0)}".rstrip()]
+    return first + [" " * width + line for line in wrapped if line]
+
+
+def _about(text: str) -> str:
+    """A config's first comment, or else the first line of the docstring of the module that it names."""
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            break
+        if not line.startswith("# @package"):
+            return line.lstrip("# ")
+    target = re.search(r"^_target_: *(draftbench[\w.]*)\.\w+", text, re.MULTILINE)
+    return _first_line(target[1]) if target else ""
+
+
+def _first_line(module: str) -> str:
+    """The first line of a module's docstring, read and not imported (that would import torch)."""
+    import ast
+
+    package, name, *rest = module.split(".")
+    with suppress(ImportError, OSError, SyntaxError):
+        spec = find_spec(f"{package}.{name}")
+        folders = spec.submodule_search_locations if spec else None
+        source = Path(folders[0], *rest).with_suffix(".py") if folders else Path(spec.origin or "" if spec else "")
+        return (ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+    return ""
+
+
+def _knobs(text: str) -> Iterator[tuple[str, str, str]]:
+    """Key, default and comment of each key of config.yaml that is neither a group nor Hydra's."""
+    parent = ""
+    for line in text.partition("\nhydra:")[0].splitlines():
+        found = re.fullmatch(r"( *)(\w+):\s*(.*?)\s*(?:# (.*))?", line)
+        if not found or found[2] == "defaults":
+            continue
+        parent = found[2] if not found[1] else parent
+        key = f"{parent}.{found[2]}" if found[1] else parent
+        value = re.sub(r"\$\{oc\.env:\w+,\"?(.*?)\"?\}", r"\1", found[3])
+        yield key, value, found[4] or ""

@@ -1,0 +1,98 @@
+"""Timing: a whole generation, one denoising step and its attention, a method and the dense run in turn."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .attention import Watch
+
+
+class Timer(Watch):
+    """Marks the steps and attention calls of one generation; read `timing` when it is over.
+
+    CUDA events on a GPU, so that nothing waits while the generation runs; a monotonic clock on a CPU.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.steps: list[Any] = []
+        self.calls: list[list[tuple[Any, Any]]] = []
+
+    def _mark(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _ms(self, start: Any, end: Any) -> float:
+        return float(start.elapsed_time(end)) if self.device.type == "cuda" else 1000 * (end - start)
+
+    def step(self, index: int) -> None:
+        """See `Watch.step`."""
+        self.steps.append(self._mark())
+        self.calls.append([])
+
+    def finish(self) -> None:
+        """See `Watch.finish`."""
+        self.steps.append(self._mark())
+
+    @contextmanager
+    def attention(self) -> Iterator[None]:
+        """See `Watch.attention`."""
+        start = self._mark()
+        yield
+        self.calls[-1].append((start, self._mark()))
+
+    def timing(self, first: int) -> Timing:
+        """The whole generation, and of each step from `first` on: all of it and its attention calls together."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        step = [self._ms(a, b) for a, b in zip(self.steps, self.steps[1:], strict=False)]
+        attention = [sum(self._ms(a, b) for a, b in calls) for calls in self.calls]
+        return Timing([sum(step) / 1000], step[first:], attention[first:])
+
+
+@dataclass
+class Timing:
+    """Seconds of whole generations; milliseconds of a step and of its attention, from the first sparse step on."""
+
+    generate_s: list[float] = field(default_factory=list)
+    step_ms: list[float] = field(default_factory=list)
+    attention_ms: list[float] = field(default_factory=list)
+
+    def add(self, other: Timing) -> None:
+        """Append another generation's."""
+        self.generate_s += other.generate_s
+        self.step_ms += other.step_ms
+        self.attention_ms += other.attention_ms
+
+    def median(self, name: str) -> float:
+        """The median of a field."""
+        return statistics.median(getattr(self, name))
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """n, p20, p50 and p80 of every field."""
+        return {name: quantiles(values) for name, values in vars(self).items()}
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """n, p20, p50 and p80, linearly interpolated."""
+    points = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
+    return {"n": len(values), **{f"p{p}": round(x, 6) for p, x in zip((20, 50, 80), points.tolist(), strict=True)}}
+
+
+def in_turn(runs: dict[str, Callable[[], Timing]], repeats: int) -> dict[str, Timing]:
+    """Run each `repeats` times, one after the other and not one after all, so that a drifting clock meets all alike."""
+    timings = {name: Timing() for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            timings[name].add(run())
+    return timings

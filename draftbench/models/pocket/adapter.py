@@ -1,0 +1,128 @@
+"""The adapter of pocket, the embedded model: any grid, both guidance branches in one batch."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...attention import Request, Session
+from ...environment import resolve_device
+from ...layout import Layout
+from . import judge as judging
+from .model import PocketDiT, load
+from .prompts import LENGTH, MOTIONS, SCENES, labels, tokens
+from .sampler import initial_noise, sample
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+@dataclass
+class Pocket:
+    """See conf/model/pocket.yaml for the knobs; raises ValueError or FileNotFoundError naming the one that is wrong."""
+
+    name: str = "pocket"
+    weights: str | None = None
+    frames: int = 8
+    height: int = 64
+    width: int = 96
+    steps: int = 10
+    shift: float = 2.0
+    guidance: float = 2.0
+    dtype: str = "auto"
+    fps: int = 4
+    device: Any = "auto"
+
+    def __post_init__(self) -> None:
+        for key in ("frames", "steps", "fps"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"model.{key} must be at least 1, got {getattr(self, key)}")
+        for key in ("height", "width"):
+            if getattr(self, key) < 32 or getattr(self, key) % 4:
+                raise ValueError(f"model.{key} must be a multiple of 4, at least 32, got {getattr(self, key)}")
+        if self.shift <= 0:
+            raise ValueError(f"model.shift must be positive, got {self.shift}")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"model.dtype must be auto, float32 or bfloat16, got {self.dtype!r}")
+        self.device = resolve_device(str(self.device))
+        if self.dtype == "auto":
+            self.dtype = "bfloat16" if self.device.type == "cuda" else "float32"
+        self.path = Path(self.weights).expanduser() if self.weights else WEIGHTS / "pocket.safetensors"
+        if not self.path.is_file():
+            raise FileNotFoundError(f"model.weights: there is no file {self.path}")
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """The token grid (T, H, W)."""
+        return self.frames, self.height // 4, self.width // 4
+
+    @functools.cached_property
+    def weights_hash(self) -> str:
+        """SHA-256 of the weights file."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+    @functools.cached_property
+    def network(self) -> PocketDiT:
+        """The denoiser, loaded at first use."""
+        return load(self.path).to(self.device)
+
+    @functools.cached_property
+    def judge(self) -> judging.Judge:
+        """The classifier of motion and scene, loaded at first use."""
+        return judging.load(WEIGHTS / "judge.safetensors").to(self.device)
+
+    def check(self, prompts: list[str]) -> None:
+        """Raise ValueError for a prompt with an unknown word, and list the vocabulary."""
+        for prompt in prompts:
+            tokens(prompt)
+
+    def settings(self) -> dict[str, Any]:
+        """Everything but weights, prompts, seeds and steps that shapes the frames."""
+        names = ("frames", "height", "width", "shift", "guidance", "dtype")
+        return {key: getattr(self, key) for key in names}
+
+    def generate(self, request: Request, session: Session, last_step: int | None = None) -> Tensor:
+        """See `Model.generate`."""
+        clips, network = len(request.seeds), self.network
+        layout = Layout(self.grid, LENGTH)
+        lengths = torch.full((2 * clips,), LENGTH, device=self.device)
+        text = torch.tensor([tokens(prompt) for prompt in request.prompts], device=self.device)
+        noise = initial_noise(list(request.seeds), (self.frames, 3, self.height, self.width)).to(self.device)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+            return session(
+                q, k, v, layout=layout, text_lengths=lengths, layer=layer, branch="both", seeds=request.seeds * 2
+            )
+
+        half = torch.autocast(self.device.type, torch.bfloat16) if self.dtype == "bfloat16" else nullcontext()
+        before, network.attend = network.attend, attend
+        session.start(clips)
+        try:
+            with half:
+                video = sample(
+                    network, noise, text, request.steps, self.shift, self.guidance,
+                    lambda step, level: session.at_step(step, request.steps, 1000 * level), last_step,
+                )  # fmt: skip
+            session.finish()
+        finally:
+            network.attend = before
+        return video.cpu()
+
+    def quality(self, frames: Tensor, prompt: str) -> dict[str, Any]:
+        """What is seen in a clip uint8 [T, 3, h, w] beside what `prompt` asks for: motion, scene, mean gradient energy.
+
+        A share asked for nothing gives None as its verdict; fewer than five frames are too few for the judge.
+        """
+        result: dict[str, Any] = {"sharpness": judging.sharpness(frames[None]).item()}
+        if len(frames) >= 5:
+            asked = labels(prompt)
+            seen = [int(x) for x in judging.verdicts(self.judge, frames[None].to(self.device))]
+            for name, names, want, got in zip(("motion", "scene"), (MOTIONS, SCENES), asked, seen, strict=True):
+                result[name], result[f"{name}_right"] = names[got], None if want is None else want == got
+        return result

@@ -1,0 +1,352 @@
+"""One job, a model under a method at a sparsity, top to bottom: time, generate, measure, record, show.
+
+Dense and method clips of the same prompt, seed and noise are paired; the dense frames are cached, a timing never is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from tqdm import tqdm
+
+from . import kernels, records, report
+from .attention import DenseParts, Meter, Method, Request, Session, Watch
+from .cache import FrameCache
+from .diagnostics import Probe
+from .environment import describe
+from .kernels import dense as dense_kernel
+from .latency import Timer, Timing, in_turn
+from .methods.dense import Dense
+from .metrics.lpips import lpips, weights_path
+from .metrics.psnr import psnr_db
+from .metrics.ssim import ssim
+from .models import Model
+from .parts import collect
+from .tracking import Tracker
+
+
+def build(config: DictConfig) -> tuple[Model, Method]:
+    """The model and the method of a composed config; weights are not loaded yet. Errors name the key that is wrong."""
+    model = {key: value for key, value in config.model.items() if key != "geometry"}
+    return instantiate(model, _convert_="all"), instantiate(config.method, _convert_="all")
+
+
+def job(config: DictConfig, folder: Path, group: str | None = None) -> list[dict[str, Any]]:
+    """Run every prompt and seed of `config`; records, videos and pictures go into `folder`. Returns the records.
+
+    A batch that fails becomes records with its reason; what was finished before stays. Raises ValueError,
+    FileNotFoundError, RuntimeError or OSError for what is wrong before the work starts, or if records can't be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    work = Job(config, folder)
+    plain = OmegaConf.to_container(config, resolve=True)
+    with Tracker(
+        config.tracking.mode, config.tracking.project, folder, group or folder.name,
+        f"{work.model.name} {work.name} {config.sparsity:g}", plain,
+    ) as tracker:  # fmt: skip
+        rows = work.run()
+        tracker.log_rows(rows)
+        if config.videos:
+            videos, pictures = (
+                {path.stem: path for path in sorted(folder.glob(f"*.{kind}"))} for kind in ("mp4", "png")
+            )
+            tracker.log_files(videos, pictures)
+    print(report.table(rows if work.name == "dense" else [*work.baseline_rows(), *rows]))
+    print(f"records, videos and pictures: {folder}")
+    return rows
+
+
+@dataclass
+class Clip:
+    """A generated clip, uint8 [T, 3, h, w], and the pairs that were counted while it was made."""
+
+    frames: Tensor
+    sparsity: float
+    density: float
+    fallback_rows: int
+
+
+class Job:
+    """The state of one job: what was built, what was timed, what was made."""
+
+    def __init__(self, config: DictConfig, folder: Path):
+        self.config, self.folder = config, folder
+        self.model, self.method = build(config)
+        self.name = _file(type(self.method)).stem
+        self.prompts = [config.prompts] if isinstance(config.prompts, str) else list(config.prompts)
+        self.model.check(self.prompts)
+        if "lpips" in config.metrics:
+            weights_path(config.lpips_net)
+        self.executor_name = kernels.resolve(config.executor, self.model.device)
+        self.executor = kernels.run(self.executor_name)
+        self.parts = DenseParts(config.dense.steps, config.dense.timestep, config.dense.layers)
+        self.first_sparse = min(math.ceil(self.parts.steps * self.model.steps - 1e-9), self.model.steps - 1)
+        self.environment = describe(self.model.device)
+        cache = Path(config.cache).expanduser()
+        self.frames, self.index = FrameCache(cache / "frames"), records.Index(cache / "cells")
+        self.memo: dict[tuple[str, Request], list[Clip]] = {}
+        self.timed: dict[str, Any] = {}
+        self.request = Request((self.prompts[0],), (int(config.seeds[0]),), self.model.steps)
+
+    def run(self) -> list[dict[str, Any]]:
+        """Skip what is finished, time the first clip, then generate and measure batch by batch."""
+        cells = [(prompt, int(seed)) for prompt in self.prompts for seed in self.config.seeds]
+        rows, waiting = [], []
+        for number, cell in enumerate(cells):
+            done = None if self.config.force else self.index.find(self.cell_id(*cell))
+            if done is None:
+                waiting.append((number, cell))
+            else:
+                rows.append((number, done))
+                records.write(done, self.path(number, len(cells)))
+        if rows:
+            print(
+                f"{len(rows)} of {len(cells)} cells were finished before; force=true runs them again", file=sys.stderr
+            )
+        if waiting:
+            self.prepare()
+        with tqdm(total=len(cells), initial=len(rows), desc="cells", disable=len(cells) == 1) as bar:
+            for start in range(0, len(waiting), self.config.batch):
+                batch = waiting[start : start + self.config.batch]
+                for (number, _), row in zip(batch, self.batch(batch), strict=True):
+                    path = self.path(number, len(cells))
+                    records.write(row, path)
+                    if row["status"] == "ok":
+                        self.index.add(row, path)
+                    rows.append((number, row))
+                    bar.update()
+        return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
+
+    def prepare(self) -> None:
+        """Time the first clip; controls that need a timing of their own take it here."""
+        self.method.prepare(lambda method: self.time(method, self.request).median("generate_s"))
+        if not self.config.latency.enabled:
+            return
+        runs: dict[str, Callable[[], Timing]] = {"dense": lambda: self.time(Dense(), self.request)}
+        if self.name != "dense":
+            runs[self.name] = lambda: self.time(self.method, self.method.request(self.request))
+        cuda = self.model.device.type == "cuda"
+        if cuda:
+            for method in (Dense(), self.method):  # compile and pick kernels before the clock runs
+                self.generate(method, self.request, Watch(), DenseParts(0), last_step=2)
+        timings = in_turn(runs, self.config.latency.repeats)
+        dense, mine = timings["dense"], timings[self.name]
+        self.timed = {
+            "generate_s": mine.median("generate_s"), "step_ms": mine.median("step_ms"),
+            "attention_ms": mine.median("attention_ms"),
+            "speedup_generate": dense.median("generate_s") / mine.median("generate_s"),
+            "speedup_attention": dense.median("attention_ms") / mine.median("attention_ms"),
+            "baseline_id": records.cell_id({"at": time.time_ns(), "dense": dense.summary()}),
+            "latency": {"dense": dense.summary(), "method": mine.summary()},
+        }  # fmt: skip
+        if self.method.sparse:
+            self.timed["parts_ms"] = self.parts_ms()
+        baseline = {"baseline_id": self.timed["baseline_id"], "kind": "baseline", **self.environment}
+        records.write(baseline | {"latency": dense.summary()}, self.folder / "baseline.json")
+
+    def time(self, method: Method, request: Request) -> Timing:
+        """One whole generation, timed; its clips are kept for the batch that asks for the same."""
+        timer = Timer(self.model.device)
+        self.memo[repr(method), request] = self.generate(method, request, timer, self.parts)
+        return timer.timing(min(self.first_sparse, request.steps - 1))
+
+    def parts_ms(self) -> dict[str, float]:
+        """Milliseconds of one sparse step's attention by part, in a pass of its own; "rest" is what no part covers."""
+        with collect(self.model.device) as parts:
+            timer = Timer(self.model.device)
+            self.generate(self.method, self.request, timer, DenseParts(0), last_step=1)
+        total = timer.timing(0).attention_ms[0]
+        return {**parts, "rest": total - sum(parts.values())}
+
+    def generate(
+        self, method: Method, request: Request, watch: Watch, parts: DenseParts, last_step: int | None = None
+    ) -> list[Clip]:
+        """Generate `request` under a method and count its pairs."""
+        session = Session(method, self.executor, dense_kernel.run, parts, watch)
+        if last_step is None:
+            session.watch = Progress(watch, request.steps, type(method).__name__.lower())
+        video = self.model.generate(request, session, last_step)
+        return [Clip(*clip) for clip in zip(video, *_counts(session.meter), strict=True)] if last_step is None else []
+
+    def clips(self, method: Method, request: Request) -> list[Clip]:
+        """As `generate`, unless the timing pass has just made the same."""
+        found = self.memo.get((repr(method), request))
+        return found or self.generate(method, request, Watch(), self.parts)
+
+    def reference(self, request: Request) -> list[Tensor]:
+        """The dense frames, from the cache if every clip of the batch is there."""
+        keys = [self.reference_key(request, i) for i in range(len(request.seeds))]
+        cached = [self.frames.get(key) for key in keys]
+        if (repr(Dense()), request) not in self.memo and all(clip is not None for clip in cached):
+            return [clip for clip in cached if clip is not None]
+        made = [clip.frames for clip in self.clips(Dense(), request)]
+        for key, frames in zip(keys, made, strict=True):
+            try:
+                self.frames.put(key, frames)
+            except OSError as error:
+                print(f"draftbench: the reference was not cached: {error}", file=sys.stderr)
+        return made
+
+    def batch(self, batch: list[tuple[int, tuple[str, int]]]) -> list[dict[str, Any]]:
+        """Generate, compare and show one batch; the records of its cells."""
+        prompts, seeds = zip(*(cell for _, cell in batch), strict=True)
+        request = Request(prompts, seeds, self.model.steps)
+        changed = self.method.request(request)
+        cuda = self.model.device.type == "cuda"
+        try:
+            reference = self.reference(request)
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            made = self.clips(self.method, changed)
+            peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+            rows = []
+            for (number, cell), clip, dense in zip(batch, made, reference, strict=True):
+                if self.config.videos:
+                    self.show(number, cell, clip.frames, dense)
+                values = self.measured(clip, dense, cell[0])
+                rows.append(self.record(cell, steps=changed.steps, peak_memory_gib=peak, **values))
+            if self.config.diagnostics:
+                self.diagnose(request, batch[0][0])
+            return rows
+        except (RuntimeError, ValueError) as error:  # out of memory, or a plan that the executor refuses
+            if self.config.debug:
+                raise
+            reason = f"failed: {str(error).splitlines()[0]}"
+            print(f"draftbench: {self.name} sparsity={self.config.sparsity}: {reason}", file=sys.stderr)
+            return [self.record(cell, status=reason, steps=changed.steps) for _, cell in batch]
+
+    def measured(self, clip: Clip, dense: Tensor, prompt: str) -> dict[str, Any]:
+        """Fidelity to the dense frames, quality by the model's own checks, and the counted densities."""
+        a, b = clip.frames.to(self.model.device), dense.to(self.model.device)
+        functions = {"psnr_db": psnr_db, "ssim": ssim, "lpips": lambda x, y: lpips(x, y, self.config.lpips_net)}
+        values: dict[str, Any] = {name: functions[name](a, b) for name in self.config.metrics}
+        quality = getattr(self.model, "quality", None)
+        if quality is not None:
+            values["quality"] = {"method": quality(clip.frames, prompt), "dense": quality(dense, prompt)}
+        values |= {"sparsity_achieved": clip.sparsity, "density_effective": clip.density}
+        digest = hashlib.sha256(clip.frames.contiguous().numpy().tobytes()).hexdigest()
+        return values | {"fallback_rows": clip.fallback_rows, "frames_sha256": digest}
+
+    def record(self, cell: tuple[str, int], status: str = "ok", **values: Any) -> dict[str, Any]:
+        """A record of this job's cell."""
+        return records.new(
+            cell_id=self.cell_id(*cell), model=self.model.name, weights_hash=self.model.weights_hash, method=self.name,
+            method_settings=_plain(self.method), executor=self.executor_name, prompt=cell[0], seed=cell[1],
+            grid=list(self.model.grid), sparsity=float(self.config.sparsity), status=status,
+            dense=asdict(self.parts), batch=self.config.batch, **self.environment, **self.timed, **values,
+        )  # fmt: skip
+
+    def show(self, number: int, cell: tuple[str, int], frames: Tensor, dense: Tensor) -> None:
+        """Write both videos and the side-by-side picture of a clip."""
+        report.write_video(dense, self.folder / f"{number:03}_dense.mp4", self.model.fps)
+        report.write_video(frames, self.folder / f"{number:03}_{self.name}.mp4", self.model.fps)
+        title = {"method": self.name, "sparsity": self.config.sparsity, "prompt": cell[0], "seed": cell[1]}
+        report.side_by_side(dense, frames, self.folder / f"{number:03}_side_by_side.png", title)
+
+    def diagnose(self, request: Request, number: int) -> None:
+        """Write output error and recalled mass by step and layer for the first clip of a batch."""
+        if not self.method.sparse:
+            return
+        first = Request(request.prompts[:1], request.seeds[:1], request.steps)
+        probe = Probe(self.method, self.executor, dense_kernel.run, self.parts)
+        self.model.generate(first, probe)
+        means = {name: sum(row[name] for row in probe.rows) / len(probe.rows) for name in ("error", "mass")}
+        table = {"kind": "diagnostics", "cell_id": self.cell_id(first.prompts[0], first.seeds[0]), "method": self.name}
+        table |= {"sparsity": float(self.config.sparsity), "prompt": first.prompts[0], "seed": first.seeds[0]}
+        records.write(table | {"mean": means, "calls": probe.rows}, self.folder / f"diagnostics_{number:03}.json")
+        print(f"diagnostics: mean output error {means['error']:.4f}, recalled attention mass {means['mass']:.4f}")
+
+    def path(self, number: int, total: int) -> Path:
+        """Where a cell's record goes."""
+        return self.folder / ("record.json" if total == 1 else f"record_{number:03}.json")
+
+    def baseline_rows(self) -> list[dict[str, Any]]:
+        """The dense timing of this process as a row for the table, if there is one."""
+        if not self.timed:
+            return []
+        dense = self.timed["latency"]["dense"]
+        row = records.new(
+            kind="baseline", cell_id=self.timed["baseline_id"], model=self.model.name, method="dense", sparsity=0.0,
+            sparsity_achieved=0.0, density_effective=1.0, generate_s=dense["generate_s"]["p50"], speedup_generate=1.0,
+            speedup_attention=1.0, status="ok", grid=list(self.model.grid), steps=self.model.steps, **self.environment,
+        )  # fmt: skip
+        return [row]
+
+    def cell_id(self, prompt: str, seed: int) -> str:
+        """The hash of everything that shapes a cell: settings, weights, GPU, versions and the method's source."""
+        config = self.config
+        return records.cell_id(
+            {
+                "reference": self._reference_identity(), "prompt": prompt, "seed": seed, "method": self.name,
+                "settings": _plain(self.method), "sparsity": float(config.sparsity), "dense": asdict(self.parts),
+                "executor": self.executor_name, "source": _source(type(self.method), self.executor.module.__file__),
+                "metrics": [*config.metrics, config.lpips_net], "latency": OmegaConf.to_container(config.latency),
+                "videos": bool(config.videos), "diagnostics": bool(config.diagnostics), "batch": int(config.batch),
+            }
+        )  # fmt: skip
+
+    def reference_key(self, request: Request, item: int) -> str:
+        """The hash of everything that shapes a reference clip; rounding may differ with the batch, so its size too."""
+        cell = {"prompt": request.prompts[item], "seed": request.seeds[item], "batch": len(request.seeds)}
+        return records.cell_id(self._reference_identity() | cell)
+
+    def _reference_identity(self) -> dict[str, Any]:
+        return {
+            "model": self.model.name, "weights": self.model.weights_hash, "settings": self.model.settings(),
+            "steps": self.model.steps, "device": self.environment["device"], "versions": self.environment["versions"],
+            "source": _source(type(self.model), dense_kernel.__file__),
+        }  # fmt: skip
+
+
+class Progress(Watch):
+    """A progress bar of steps around another watch."""
+
+    def __init__(self, inner: Watch, steps: int, name: str):
+        self.inner, self.bar = inner, tqdm(total=steps, desc=name, leave=False)
+
+    def step(self, index: int) -> None:
+        """See `Watch.step`."""
+        self.inner.step(index)
+        self.bar.update(index - self.bar.n)
+
+    def finish(self) -> None:
+        """See `Watch.finish`."""
+        self.inner.finish()
+        self.bar.close()
+
+    def attention(self) -> Any:
+        """See `Watch.attention`."""
+        return self.inner.attention()
+
+
+def _counts(meter: Meter) -> tuple[list[float], list[float], list[int]]:
+    return meter.sparsity(), meter.density(), meter.fallback_rows()
+
+
+def _plain(method: Method) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(method).items()}
+
+
+def _file(kind: type) -> Path:
+    return Path(inspect.getfile(kind))
+
+
+def _source(kind: type, *more: str | None) -> str:
+    """A digest of the source of a class, its bases of ours, and other files."""
+    files = [_file(base) for base in kind.__mro__ if base.__module__.startswith("draftbench")]
+    digest = hashlib.sha256()
+    for path in [*files, *(Path(name) for name in more if name)]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

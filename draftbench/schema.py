@@ -1,0 +1,319 @@
+"""What a config may hold: `check` judges it without loading weights, `check_job` with the model at hand.
+
+The dataclasses below are the schema. Every problem is a ValueError of a line that names the key, what is allowed and
+what was given, so that all jobs of a sweep are judged before the first one runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import math
+import types
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from .tracking import Mode
+
+if TYPE_CHECKING:
+    from .attention import Method
+    from .models import Model
+
+# A hint is Annotated[type, what is allowed in words, test of a value of that type (for a list, of each item)].
+Switch = Annotated[bool, "true or false"]
+Count = Annotated[int, "an integer of at least 1", lambda x: x >= 1]
+Text = Annotated[str, "a non-empty text", str.strip]
+
+
+@dataclasses.dataclass
+class Dense:
+    """What stays dense."""
+
+    steps: Annotated[float, "a number in [0, 1]", lambda x: 0 <= x <= 1]
+    timestep: Annotated[float | None, "null or a number of at least 0", lambda x: x is None or x >= 0]
+    layers: Annotated[int, "an integer of at least 0", lambda x: x >= 0]
+
+
+@dataclasses.dataclass
+class Latency:
+    """How latency is timed."""
+
+    enabled: Switch
+    repeats: Count
+
+
+@dataclasses.dataclass
+class Tracking:
+    """W&B."""
+
+    mode: Mode
+    project: Text
+
+
+@dataclasses.dataclass
+class Geometry:
+    """Sizes in tokens that the methods read, each where it is present."""
+
+    region: Annotated[tuple[int, int], "two integers of at least 1 (h, w)", lambda x: x >= 1]
+    tile: Annotated[tuple[int, int, int], "three integers of at least 1 (t, h, w)", lambda x: x >= 1]
+    block: Count
+
+
+@dataclasses.dataclass
+class Shape:
+    """What models have in common, each where it is present; their other keys are theirs to check."""
+
+    name: Text
+    frames: Count
+    height: Count
+    width: Count
+    steps: Count
+    shift: Annotated[float, "a number above 0", lambda x: x > 0]
+    guidance: Annotated[float, "a number of at least 0", lambda x: x >= 0]
+    fps: Count
+    device: Literal["auto", "cpu", "cuda"]
+    geometry: Geometry
+
+
+@dataclasses.dataclass
+class Config:
+    """The root of a job's config; model and method hold the arguments of their own classes."""
+
+    sparsity: Annotated[float, "a number in [0, 1)", lambda x: 0 <= x < 1]
+    prompts: Annotated[list[str], "a non-empty list of distinct, non-empty texts", str.strip]
+    seeds: Annotated[list[int], "a non-empty list of distinct integers from 0 to 2^63 - 1", lambda x: 0 <= x < 2**63]
+    batch: Count
+    device: Literal["auto", "cpu", "cuda"]
+    executor: Text
+    dense: Dense
+    metrics: list[Literal["psnr_db", "ssim", "lpips"]]
+    lpips_net: Literal["alex", "vgg"]
+    latency: Latency
+    diagnostics: Switch
+    videos: Switch
+    cache: Text
+    force: Switch
+    debug: Switch
+    tracking: Tracking
+    model: Mapping[str, Any]
+    method: Mapping[str, Any]
+
+
+_LISTS = ("prompts", "seeds", "metrics")  # one item may stand for the list
+_EMPTY = ("metrics",)  # may be empty
+
+
+def check(config: DictConfig) -> None:
+    """Raise ValueError for the first thing in a job's config that is not allowed.
+
+    In `config` itself, a prompt, seed or metric where a list is asked for becomes a list of one, and an integer where
+    a number is asked for a float, so that one setting is always written in one way.
+    """
+    for name in _LISTS:
+        if name in config and not isinstance(item := _value(config, name), list | None):
+            config[name] = [item]
+    _fields(config, Config, "")
+    if config.executor != "auto":
+        from .kernels import NAMES  # imports torch
+
+        if config.executor not in NAMES:
+            raise _wrong("executor", _one_of(("auto", *NAMES)), config.executor)
+    _fields(config.model, Shape, "model.", partial=True)
+    _fields(config.method, Geometry, "method.", partial=True)
+    method(config)
+
+
+def check_job(config: DictConfig) -> Model:
+    """The model of a checked config, its weights not loaded; raises what it says of itself and of the prompts.
+
+    Also checks the device, the executor on it and that LPIPS has its weights: ValueError, RuntimeError, ImportError
+    or FileNotFoundError, a line or two.
+    """
+    from .environment import resolve_device
+    from .kernels import resolve
+
+    resolve_device(config.device)
+    if "lpips" in config.metrics:
+        from .metrics.lpips import weights_path
+
+        weights_path(config.lpips_net)
+    made = model(config)
+    made.check(list(config.prompts))
+    resolve(config.executor, made.device)
+    return made
+
+
+def model(config: DictConfig) -> Model:
+    """The model of a config; its geometry is for the methods, and not an argument of it."""
+    arguments = {str(name): value for name, value in config.model.items() if name != "geometry"}
+    result: Model = _instantiate(arguments, "model")
+    return result
+
+
+def method(config: DictConfig) -> Method:
+    """The method of a config, from its arguments checked against the annotations of its dataclass."""
+    from .attention import Method
+
+    kind = _target(config.method, "method", Method)
+    hints = get_type_hints(kind)
+    known = [field.name for field in dataclasses.fields(kind) if field.init]
+    for name in map(str, config.method):
+        if name.startswith("_") and name.endswith("_"):  # Hydra's own
+            continue
+        if name not in known:
+            raise unknown(f"method.{name}={config.method[name]}", [f"method.{n}" for n in known])
+        _judge(f"method.{name}", _value(config.method, name, "method."), hints[name])
+    result: Method = _instantiate(config.method, "method")
+    return result
+
+
+def unknown(given: str, known: Iterable[str], shown: Iterable[str] | None = None) -> ValueError:
+    """The error for a key that does not exist: the nearest of the known ones, then the list of `shown` (or known).
+
+    given: key=value; keys may be dotted, and then the nearest is sought by their last part.
+    """
+    parent, _, last = given.partition("=")[0].rpartition(".")
+    names = [name.rpartition(".") for name in dict.fromkeys(known)]
+    near = difflib.get_close_matches(last, {name for _, _, name in names}, 1)
+    nearest = sorted((up != parent, "".join((up, dot, name))) for up, dot, name in names if name in near)
+    hints = [name for elsewhere, name in nearest if elsewhere == nearest[0][0]][:3]
+    hint = f"; did you mean {' or '.join(hints)}?" if hints else ""
+    return ValueError(f"unknown key {given}{hint} (keys: {', '.join(map(''.join, names) if shown is None else shown)})")
+
+
+def _fields(node: DictConfig, kind: type, prefix: str, partial: bool = False) -> None:
+    """Check a node against a dataclass; partial: only the keys it has, and others are allowed."""
+    hints = get_type_hints(kind, include_extras=True)
+    for name in map(str, node):
+        if name not in hints and not partial:
+            raise unknown(f"{prefix}{name}={node[name]}", [prefix + known for known in hints])
+    for name, hint in hints.items():
+        if name not in node:
+            if not partial:
+                raise ValueError(f"{prefix}{name} is missing")
+            continue
+        value = _value(node, name, prefix)
+        if not (dataclasses.is_dataclass(hint) or get_origin(hint) is Mapping):
+            _judge(prefix + name, value, hint)
+            if isinstance(value, int) and get_args(hint)[0] is float:
+                node[name] = float(value)
+        elif not isinstance(value, DictConfig):
+            raise _wrong(prefix + name, "keys and values", value)
+        elif isinstance(hint, type):
+            _fields(value, hint, f"{prefix}{name}.", partial)
+
+
+def _judge(key: str, value: Any, hint: Any) -> None:
+    """Raise ValueError unless the value is of the hint's type and passes its test."""
+    kind, allowed, test = hint, _words(hint), _anything
+    if get_origin(hint) is Annotated:
+        kind, allowed, *rest = get_args(hint)
+        test = rest[0] if rest else _anything
+    if get_origin(kind) is list:
+        if not isinstance(value, list) or not (value or key in _EMPTY):
+            raise _wrong(key, allowed, value)
+        (item_kind,) = get_args(kind)
+        for i, item in enumerate(value):
+            if not (_fits(item, item_kind) and test(item)):
+                raise _wrong(key, allowed, item)
+            if item in value[:i]:
+                raise ValueError(f"{key} must be {allowed}, got {_short(item)} twice")
+    elif not (_fits(value, kind) and (all(map(test, value)) if isinstance(value, list) else test(value))):
+        raise _wrong(key, allowed, value)
+
+
+def _anything(value: Any) -> bool:
+    return True
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a plain value is of a type; true is no number, an integer is one, kinds not known here fit."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return value in arguments
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is tuple:
+        sized = isinstance(value, list) and (Ellipsis in arguments or len(value) == len(arguments))
+        return sized and all(_fits(item, arguments[0]) for item in value)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind) if kind in (bool, str, type(None)) else True
+
+
+def _words(kind: Any) -> str:
+    """A type in words."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return _one_of(arguments)
+    if origin is list:
+        return f"a list of {_words(arguments[0]).removeprefix('one of ')}, each once"
+    if origin in (Union, types.UnionType):
+        return " or ".join(_words(argument) for argument in arguments)
+    if origin is tuple:
+        return f"a list of {len(arguments)}, each {_words(arguments[0])}"
+    return {bool: "true or false", int: "an integer", float: "a number", str: "a text", type(None): "null"}.get(
+        kind, str(kind)
+    )
+
+
+def _one_of(names: Iterable[Any]) -> str:
+    return "one of " + ", ".join(map(str, names))
+
+
+def _wrong(key: str, allowed: str, value: Any) -> ValueError:
+    return ValueError(f"{key} must be {allowed}, got {_short(value)}")
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, DictConfig):
+        value = OmegaConf.to_container(value)
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def _value(node: DictConfig, name: str, prefix: str = "") -> Any:
+    """A key's value, resolved; a list is plain, keys and values stay a node."""
+    try:
+        value = node[name]
+        return OmegaConf.to_container(value, resolve=True) if isinstance(value, ListConfig) else value
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{prefix}{name} cannot be resolved: {str(error).splitlines()[0]}") from error
+
+
+def _target(node: DictConfig, key: str, kind: type) -> type:
+    """The subclass of `kind` that a node names."""
+    path, why, found = str(node.get("_target_")), "", None
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except (ImportError, ValueError) as error:
+        why = f" ({error})"
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        allowed = f"the path of a {kind.__module__}.{kind.__name__}"
+        raise ValueError(f"{key}._target_ must be {allowed}, got {_short(path)}{why}")
+    return found
+
+
+def _instantiate(node: Mapping[Any, Any], key: str) -> Any:
+    """Hydra's instantiate, with the error of the class itself in place of Hydra's wrapping of it."""
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    if "_target_" not in node:
+        raise ValueError(f"{key}._target_ is missing; choose one with {key}=NAME")
+    try:
+        return instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, TypeError) and "argument" in str(cause):
+            raise ValueError(f"{key} has a key too many or too few: {cause}") from error
+        if isinstance(cause, Exception) and str(error).startswith("Error in call"):
+            raise cause from error
+        raise ValueError(f"{key} cannot be made: {' '.join(str(error).split())}") from error

@@ -1,0 +1,32 @@
+"""Control: the dense model with fewer steps, as many as take the time of another method: the cheapest speed-up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from draftbench.methods.dense import Dense
+
+from ..attention import Method, Request
+
+
+@dataclass
+class FewerSteps(Dense):
+    """like: the method whose time is to be met, at the sparsity of this one; timed in this process before the job."""
+
+    like: Method | None = None
+    share: float = field(default=1.0, init=False)  # of the steps
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.like, Method):
+            raise ValueError(f"method.like must be a method, got {self.like!r}")
+
+    def prepare(self, seconds: Callable[[Method], float]) -> None:
+        """See `Method.prepare`."""
+        assert self.like is not None
+        self.share = min(1.0, seconds(self.like) / seconds(Dense()))
+
+    def request(self, request: Request) -> Request:
+        """See `Method.request`."""
+        return replace(request, steps=max(1, round(self.share * request.steps)))

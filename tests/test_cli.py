@@ -1,0 +1,344 @@
+"""The command line with the job itself replaced: what is run, what is refused and how, and what a sweep leaves."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import draftbench
+from draftbench import cli, records, schema
+
+ROOT = Path(__file__).parent.parent
+CONF = ROOT / "conf"
+JOB = '''
+"""Stands for draftbench.run: one record a prompt and seed, written as run.job does."""
+from draftbench import records
+
+def job(config, folder, group=None):
+    method = config.method._target_.rpartition(".")[2].lower()
+    if method == "sta" and config.sparsity == 0.75:
+        raise ValueError("no window\\nmeets this")
+    rows = []
+    for prompt in config.prompts:
+        for seed in config.seeds:
+            values = dict(model=config.model.name, method=method, sparsity=config.sparsity, prompt=prompt, seed=seed)
+            status = "failed: full" if prompt == "turn right" else "ok"
+            row = records.new(**values, device="cpu", versions={}, status=status, labels={"group": group})
+            records.write(row, folder / f"record_{len(rows)}.json")
+            rows.append(row)
+    return rows
+'''
+
+
+@pytest.fixture
+def jobs(monkeypatch, tmp_path):
+    """The (config, folder, group) of every job that is run, in a fresh working folder; models are not looked at."""
+    monkeypatch.chdir(tmp_path)
+    fake = types.ModuleType("draftbench.run")
+    exec(JOB, fake.__dict__)
+    seen, job = [], fake.job
+
+    def spy(config, folder, group=None):
+        seen.append((config, folder, group))
+        return job(config, folder, group)
+
+    fake.job = spy
+    monkeypatch.setitem(sys.modules, "draftbench.run", fake)
+    monkeypatch.setattr(draftbench, "run", fake, raising=False)
+    monkeypatch.setattr(schema, "check_job", lambda config: None)
+    return seen
+
+
+def cells(jobs):
+    return [(config.method._target_.rpartition(".")[2].lower(), config.sparsity) for config, _, _ in jobs]
+
+
+def read(folder):
+    return [(row["method"], row["sparsity"]) for row in records.read_all([folder])]
+
+
+def fails(capsys, argv, code=2):
+    """The message of a command line that is refused."""
+    assert cli.main(argv) == code
+    output = capsys.readouterr()
+    assert "Traceback" not in output.err + output.out
+    assert output.err.startswith("draftbench: ") and output.err.count("\n") <= 2
+    return output.err.removeprefix("draftbench: ").strip()
+
+
+def test_normalise():
+    groups = ["model", "method", "experiment"]
+    left = ["+method.key=1", "+method={a: 1}", "+other=x", "method=a", "~method", "sparsity=0.5", "-m", "+method@x=a"]
+    assert cli.normalise(left, groups) == left
+    assert cli.normalise(["+method=a,b", "+experiment=x", "+model=choice(a,b)"], groups) == [
+        "method=a,b", "experiment=x", "model=choice(a,b)",
+    ]  # fmt: skip
+
+
+def test_groups_are_those_of_the_defaults_list():
+    assert cli.groups()[:2] == ["model", "method"] and "experiment" in cli.groups()
+    assert {path.name for path in CONF.iterdir() if any(path.glob("*.yaml"))} >= set(cli.groups())
+
+
+@pytest.mark.parametrize(
+    ("argv", "cell"),
+    [
+        ([], ("draft", 0.75)),
+        (["+method=draft", "sparsity=0.9"], ("draft", 0.9)),
+        (["method=svg", "sparsity=0"], ("svg", 0.0)),
+        (["sparsity=0.9", "--run", "+method=random"], ("random", 0.9)),
+    ],
+    ids=["defaults", "plus", "no_plus", "flag_between"],
+)
+def test_one_job(jobs, argv, cell):
+    assert cli.main([*argv, "tracking=disabled"]) == 0
+    assert cells(jobs) == [cell]
+    ((config, folder, group),) = jobs
+    assert folder.parent == Path("outputs").absolute() and group is None
+    assert (folder / "record_0.json").exists() and "hydra" not in config
+
+
+@pytest.mark.parametrize("experiment", ["experiment=draft_table1", "+experiment=draft_table1"])
+def test_experiment_in_both_spellings(jobs, experiment):
+    assert cli.main([experiment]) == 0
+    assert (jobs[0][0].model.steps, jobs[0][0].dense.steps) == (50, 0.3)
+
+
+def test_sweep(jobs, capsys):
+    argv = ["-m", "+method=dense,svg", "sparsity=0.5,0.9", "prompts=[turn left, walk forward]"]
+    assert cli.main([*argv, "tracking=disabled"]) == 0
+    grid = [(method, s) for method in ("dense", "svg") for s in (0.5, 0.9)]
+    assert cells(jobs) == grid
+    (sweep,) = Path("outputs").iterdir()
+    assert {group for _, _, group in jobs} == {sweep.name}
+    assert [folder.name for _, folder, _ in jobs] == ["0", "1", "2", "3"]
+    assert read(sweep) == [cell for cell in grid for _ in range(2)]
+    table = (sweep / "table.txt").read_text()
+    assert table in capsys.readouterr().out
+    assert table.splitlines()[2].split()[:4] == ["pocket", "dense", "0.5", "2"]
+
+
+def test_a_failing_job_leaves_the_others(jobs, capsys):
+    argv = ["-m", "+method=dense,sta,svg,draft", "sparsity=0.5,0.75,0.9", "hydra.sweep.dir=out", "tracking=disabled"]
+    assert cli.main(argv) == 1
+    assert len(jobs) == 12 and len(read("out")) == 11
+    error = capsys.readouterr().err
+    assert "job 4 (method=sta sparsity=0.75 tracking=disabled) failed: no window meets this" in error
+    assert "1 of 12 jobs failed, see out/*/error.txt" in error and "Traceback" not in error
+    assert "ValueError: no window" in Path("out/4/error.txt").read_text()
+    assert len(Path("out/table.txt").read_text().splitlines()) == 2 + 11
+    # mended and run again in its folder, the failure is forgotten
+    assert cli.main(["-m", "method=svg", "sparsity=0.1,0.2,0.3,0.4,0.5", *argv[3:]]) == 0
+
+
+def test_a_failing_cell_fails_the_run(jobs, capsys):
+    assert fails(capsys, ["prompts=[turn left, turn right]"], 1) == "1 of 2 cells failed"
+
+
+def test_a_failing_job_alone(jobs, capsys):
+    text = fails(capsys, ["method=sta", "hydra.run.dir=out"], 1)
+    assert text == f"no window meets this\nThe traceback is in {Path('out/error.txt').absolute()}"
+    assert cli.main(["method=sta", "debug=true"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_unexpected_errors_are_named(jobs, capsys, monkeypatch):
+    monkeypatch.setattr(draftbench.run, "job", lambda *args, **kwargs: {}["nope"])
+    assert fails(capsys, [], 1).startswith("KeyError: 'nope'\n")
+
+
+def test_interrupt(jobs, capsys, monkeypatch):
+    def stop(config, folder, group=None):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(draftbench.run, "job", stop)
+    assert fails(capsys, ["hydra.run.dir=out"], 130) == "interrupted; what is finished is in out"
+
+
+def test_the_sweeps_table_is_logged_once_more(jobs, monkeypatch):
+    logged = []
+    monkeypatch.setattr("draftbench.tracking.log_sweep", lambda rows, *rest: logged.append((len(rows), *rest)))
+    assert cli.main(["-m", "sparsity=0.5,0.9", "hydra.sweep.dir=a/b"]) == 0
+    assert logged == [(2, "draftbench", Path("a/b"), "b", "offline")]
+
+
+def test_runs_of_one_second_have_a_folder_each(jobs):
+    for _ in range(3):
+        assert cli.main(["hydra.run.dir=out_${now:%Y}"]) == 0
+    assert len({folder for _, folder, _ in jobs}) == 3
+
+
+BAD = [
+    (["sparsity=1.2"], "sparsity must be a number in [0, 1), got 1.2"),
+    (["sparsity=abc"], "sparsity must be a number in [0, 1), got 'abc'"),
+    (["method=nope"], "method must be one of dense, draft, "),
+    (["+method=nope"], "got 'nope'"),
+    (["-m", "method=dense,nope"], "got 'nope'"),
+    (["method=null"], "got 'null'"),
+    (["method=[dense,draft]"], "got '[dense,draft]'"),
+    (["+experiment=nope"], "experiment must be one of draft_table1"),
+    (["hydra/launcher=nope"], "hydra/launcher must be one of basic"),
+    (["~method"], "method is missing"),
+    (["prompts="], "prompts must be a non-empty list of distinct, non-empty texts, got ''"),
+    (["prompts=['']"], "got ''"),
+    (["prompts={a:1}"], "prompts={a:1} does not fit"),
+    (["prompts=it's"], 'cannot read "prompts=it\'s": quote a value with special characters'),
+    (["model.frames=0"], "model.frames must be an integer of at least 1, got 0"),
+    (["sparsty=0.9"], "unknown key sparsty=0.9; did you mean sparsity? (keys: model, method, tracking, sparsity, "),
+    (["metod=draft"], "did you mean method?"),
+    (["+sparsty=0.9"], "unknown key sparsty=0.9; did you mean sparsity?"),
+    (["frames=3"], "did you mean model.frames?"),
+    (["model.framse=3"], "unknown key model.framse=3; did you mean model.frames? (keys: model._target_, "),
+    (["method=svg", "method.sampels=3"], "did you mean method.samples?"),
+    (["method={a:1}"], "unknown key method.a (keys: method._target_, "),
+    (["hydra.run.dri=x"], "did you mean hydra.run.dir?"),
+    (["sparsity"], "'sparsity' must have the form key=value"),
+    (["=3"], "'=3' must have the form key=value"),
+    (["+executor=cpu"], "executor is in the config already: write executor=VALUE without the +"),
+    (["sparsity=0.5,0.9"], "sparsity=0.5,0.9 has several values: add -m to run a sweep"),
+    (["seeds=0,1"], "seeds=[...] is one job with a list of them"),
+    (["-m", "sparsity=interval(0,1)"], "sparsity=interval(0,1) cannot be swept"),
+    (["-m", "hydra.run.dir=a,b"], "hydra.run.dir=a,b cannot be swept"),
+    (["-m", "hydra.sweep.subdir=x", "seeds=0,1"], "hydra.sweep.subdir must differ from job to job, got 'x'"),
+    (["--foo"], "unrecognized arguments: --foo"),
+    (["--config-path", "x"], "--config-path is not supported"),
+    (["--config-name", "nope"], "Cannot find primary config 'nope'"),
+    (["--cfg", "job", "sparsty=1"], "did you mean sparsity?"),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), BAD, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+def test_bad_input_is_refused_in_a_line_or_two(jobs, capsys, argv, message):
+    text = fails(capsys, argv)
+    assert message in text and len(text) < 400
+    assert not jobs and not list(Path().iterdir())
+
+
+def test_every_job_is_checked_before_the_first_runs(jobs, capsys):
+    assert "got 1.5" in fails(capsys, ["-m", "method=dense,draft", "sparsity=0.5,0.9,1.5"])
+    assert not jobs
+
+
+def test_the_traceback_comes_when_asked_for(jobs, capsys):
+    assert cli.main(["sparsity=abc", "debug=true"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("draftbench: sparsity must be") and "Traceback" in error
+
+
+def test_a_model_is_asked_once_for_each_config_of_its_own(jobs, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(schema, "check_job", lambda config: asked.append((config.model.name, *config.prompts)))
+    argv = ["-m", "method=dense,draft", "prompts=turn left,walk forward", "tracking=disabled"]
+    assert cli.main(argv) == 0
+    assert sorted(asked) == [("pocket", "turn left"), ("pocket", "walk forward")]
+
+    def refuse(config):
+        raise FileNotFoundError(errno.ENOENT, "no such weights", "w.safetensors")
+
+    monkeypatch.setattr(schema, "check_job", refuse)
+    jobs.clear()
+    assert fails(capsys, []) == "no such weights: w.safetensors"
+    assert not jobs
+
+
+@pytest.mark.parametrize("argv", [["hydra.run.dir=file/x"], ["-m", "hydra.sweep.dir=file", "seeds=0,1"]], ids=" ".join)
+def test_an_output_folder_that_cannot_be_made(jobs, capsys, argv):
+    Path("file").touch()
+    text = fails(capsys, argv)
+    assert text.startswith("hydra.") and "must be a folder that can be written, got file" in text
+    assert not jobs
+
+
+def test_a_full_disk_is_noticed_before_work(jobs, capsys, monkeypatch):
+    def full(path, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    text = fails(capsys, ["hydra.run.dir=out"])
+    assert text == "hydra.run.dir must be a folder that can be written, got out: No space left on device"
+    assert not jobs and not list(Path("out").iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_output_folder(jobs, capsys, tmp_path):
+    tmp_path.chmod(0o500)
+    assert "Permission denied" in fails(capsys, [])
+
+
+def test_configs_of_ones_own(jobs, tmp_path):
+    folder = tmp_path / "own" / "method"
+    folder.mkdir(parents=True)
+    text = "defaults: [svg]\nsamples: 7\n"
+    (folder / "mine.yaml").write_text(text)
+    assert cli.main(["--config-dir", "own", "-m", "method=mine,svg", "tracking=disabled"]) == 0
+    assert [config.method.samples for config, _, _ in jobs] == [7, 64]
+
+
+def test_help_page(capsys):
+    assert cli.main(["--help"]) == 0
+    page = capsys.readouterr().out
+    for group in cli.groups():
+        for path in (CONF / group).glob("*.yaml"):
+            assert any(path.stem in line.replace("*", " ").split()[:2] for line in page.splitlines())
+    for text in (
+        "+method=dense,sta,svg,draft sparsity=0.5,0.75,0.9",
+        "*draft",
+        "DraftAttention (Shen et al., 2025",
+        "The official code's setting",
+        "sparsity=0.75",
+        "share of video-by-video pairs to drop, in [0, 1)",
+        "dense.steps=0.25",
+        "outputs/",
+    ):
+        assert text in page
+    assert "hydra.job" not in page and max(map(len, page.splitlines())) <= 120
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("draftbench ")
+
+
+def test_hydras_own_flags(jobs, capsys):
+    assert cli.main(["--cfg", "job", "+method=svg"]) == 0
+    assert "draftbench.methods.svg.SVG" in capsys.readouterr().out
+    assert cli.main(["--info", "searchpath"]) == 0
+    assert "pkg://draftbench.conf" in capsys.readouterr().out
+    assert cli.main(["--hydra-help"]) == 0
+    assert not jobs and not list(Path().iterdir())
+
+
+def test_help_imports_no_torch_and_the_working_folder_is_off_the_path():
+    code = (
+        "import runpy, sys; sys.argv[1:] = ['--help']\n"
+        "try: runpy.run_module('draftbench', run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as end: print(end.code, 'torch' in sys.modules, sys.path)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("0 False")
+    assert f"'{ROOT}'" not in last and "''" not in last
+
+
+def test_joblib(jobs, monkeypatch, tmp_path, capfd):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    folder = tmp_path / "site"
+    folder.mkdir()
+    (folder / "stand_in.py").write_text(JOB)
+    (folder / "sitecustomize.py").write_text("import sys, stand_in\nsys.modules['draftbench.run'] = stand_in\n")
+    monkeypatch.setenv("PYTHONPATH", str(folder))  # for the worker processes
+    argv = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=out", "tracking=disabled"]
+    assert cli.main(["-m", "+method=dense,sta", "sparsity=0.5,0.75", *argv]) == 1
+    assert not jobs
+    assert read("out") == [("dense", 0.5), ("dense", 0.75), ("sta", 0.5)]
+    assert {row["labels"]["group"] for row in records.read_all(["out"])} == {"out"}
+    output = capfd.readouterr()
+    assert "failed: no window meets this" in output.err and "1 of 4 jobs failed" in output.err
+    assert "Traceback" not in output.err
+    assert json.loads(Path("out/0/record_0.json").read_text())["status"] == "ok"
+    assert "dense" in Path("out/table.txt").read_text()
