@@ -177,7 +177,11 @@ class Job:
         session = Session(method, self.executor, dense_kernel.run, parts, watch)
         if last_step is None:
             session.watch = Progress(watch, request.steps, type(method).__name__.lower())
-        video = self.model.generate(request, session, last_step)
+        try:
+            video = self.model.generate(request, session, last_step)
+        finally:
+            if isinstance(session.watch, Progress):
+                session.watch.bar.close()
         return [Clip(*clip) for clip in zip(video, *_counts(session.meter), strict=True)] if last_step is None else []
 
     def clips(self, method: Method, request: Request) -> list[Clip]:
@@ -217,8 +221,8 @@ class Job:
                     self.show(number, cell, clip.frames, dense)
                 values = self.measured(clip, dense, cell[0])
                 rows.append(self.record(cell, steps=changed.steps, peak_memory_gib=peak, **values))
-            if self.config.diagnostics:
-                self.diagnose(request, batch[0][0])
+            if self.config.diagnostics and batch[0][0] == 0:
+                self.diagnose(request)
             return rows
         except (RuntimeError, ValueError) as error:  # out of memory, or a plan that the executor refuses
             if self.config.debug:
@@ -255,8 +259,8 @@ class Job:
         title = {"method": self.name, "sparsity": self.config.sparsity, "prompt": cell[0], "seed": cell[1]}
         report.side_by_side(dense, frames, self.folder / f"{number:03}_side_by_side.png", title)
 
-    def diagnose(self, request: Request, number: int) -> None:
-        """Write output error and recalled mass by step and layer for the first clip of a batch."""
+    def diagnose(self, request: Request) -> None:
+        """Write output error and recalled mass by step and layer of the first clip."""
         if not self.method.sparse:
             return
         first = Request(request.prompts[:1], request.seeds[:1], request.steps)
@@ -265,7 +269,7 @@ class Job:
         means = {name: sum(row[name] for row in probe.rows) / len(probe.rows) for name in ("error", "mass")}
         table = {"kind": "diagnostics", "cell_id": self.cell_id(first.prompts[0], first.seeds[0]), "method": self.name}
         table |= {"sparsity": float(self.config.sparsity), "prompt": first.prompts[0], "seed": first.seeds[0]}
-        records.write(table | {"mean": means, "calls": probe.rows}, self.folder / f"diagnostics_{number:03}.json")
+        records.write(table | {"mean": means, "calls": probe.rows}, self.folder / "diagnostics.json")
         print(f"diagnostics: mean output error {means['error']:.4f}, recalled attention mass {means['mass']:.4f}")
 
     def path(self, number: int, total: int) -> Path:
@@ -324,7 +328,6 @@ class Progress(Watch):
     def finish(self) -> None:
         """See `Watch.finish`."""
         self.inner.finish()
-        self.bar.close()
 
     def attention(self) -> Any:
         """See `Watch.attention`."""

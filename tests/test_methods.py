@@ -9,21 +9,23 @@ import yaml
 from draftbench.kernels import dense, run
 from draftbench.kernels.mass import attention_mass
 
-from draftbench.attention import DenseParts, Meter, Method, Session, count_pairs
+from draftbench.attention import DenseParts, Meter, Method, Request, Session, count_pairs
 from draftbench.layout import Box, Layout
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 KNOBS = {"region": (4, 8), "tile": (2, 4, 4), "block": 32}
 FOLDER = Path(__file__).parent.parent / "conf" / "method"
 METHODS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(FOLDER.glob("*.yaml"))}
-SPARSE = [name for name in METHODS if name != "dense"]
+CONTROLS = {"dense", "other_seed", "fewer_steps", "other_kernel"}  # of the dense run: they drop nothing
+SPARSE = [name for name in METHODS if name not in CONTROLS]
 GRIDS = {"even": (8, 16, 24), "ragged": (5, 15, 26), "one_frame": (1, 31, 40)}
 
 
-def build(name, sparsity):
-    config = METHODS[name]
+def build(name, sparsity, config=None):
+    config = config or METHODS[name]
     module, _, kind = config["_target_"].rpartition(".")
     knobs = {key: KNOBS[key] for key in config if key in KNOBS}
+    knobs |= {key: build(None, sparsity, value) for key, value in config.items() if isinstance(value, dict)}
     return getattr(importlib.import_module(module), kind)(sparsity=sparsity, **knobs)
 
 
@@ -127,6 +129,23 @@ def test_attention_mass_is_the_softmax_summed():
         for j in range(12):
             expected = weights[: layout.video, : layout.video][region == i][:, region == j].sum()
             assert abs(mass[0, 0, i, j] - expected) < 1e-3
+
+
+@pytest.mark.parametrize("name", sorted(CONTROLS))
+def test_controls_of_dense_drop_nothing(name):
+    out, session, (q, k, v, layout, lengths) = attend(build(name, 0.9), GRIDS["ragged"])
+    torch.testing.assert_close(out, dense.run(q, k, v, layout, lengths), atol=1e-5, rtol=1e-4)
+    assert session.meter.density() == [1, 1]
+    assert build(name, 0.9).sparsity == 0
+
+
+def test_other_seed_and_fewer_steps_change_the_request():
+    request = Request(("a", "b"), (0, 1), 20)
+    assert build("other_seed", 0.9).request(request) == Request(("a", "b"), (1000003, 1000004), 20)
+    method = build("fewer_steps", 0.9)
+    method.prepare(lambda timed: 3.0 if timed.sparse else 10.0)
+    assert method.request(request).steps == 6
+    assert build("draft", 0.9).request(request) is request
 
 
 class Liar(Method):

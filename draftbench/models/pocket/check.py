@@ -25,7 +25,7 @@ from .sampler import initial_noise, sample
 from .train import FRAMES, parse, render, resize
 
 # Token grids, sampler steps and shifts that the model is checked at.
-GRIDS = {"small": ((8, 16, 24), 10, 2.0), "middle": ((16, 16, 24), 20, 2.0), "large": ((16, 32, 48), 20, 3.0)}
+GRIDS = {"small": ((8, 16, 24), 8, 2.0), "large": ((16, 32, 48), 20, 3.0)}
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Settings:
     judge_steps: int = 2500
     seeds: int = 100
     guidance: float = 2.0
-    grids: str = "small,middle,large"
+    grids: str = "small,large"
 
 
 def rendered(seed: int, each: int, workers: int) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ...environment import commit
 from .clips import HEIGHT, WIDTH, clips
 from .model import PocketConfig, PocketDiT
 from .prompts import LENGTH, MOTIONS, SCENES, sentence, tokens
@@ -229,7 +230,7 @@ def worker(rank: int, settings: Settings) -> None:
             "settings": vars(settings), "steps": step, "clips_rendered": source.seen * settings.gpus,
             "clips_trained": trained, "parameters": sum(p.numel() for p in model.parameters()),
             "torch": torch.__version__, "gpu": f"{settings.gpus} x {torch.cuda.get_device_name()}",
-            "loss_curve": curve,
+            "loss_curve": curve, **commit(),
         }  # fmt: skip
         save(average, model.config, out / "pocket.safetensors")
         (out / "card.json").write_text(json.dumps(card, indent=1))
