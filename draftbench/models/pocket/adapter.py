@@ -32,9 +32,9 @@ class Pocket:
     frames: int = 8
     height: int = 64
     width: int = 96
-    steps: int = 10
-    shift: float = 2.0
-    guidance: float = 2.0
+    steps: int = 8
+    shift: float = 1.0
+    guidance: float = 3.0
     dtype: str = "auto"
     fps: int = 4
     device: Any = "auto"

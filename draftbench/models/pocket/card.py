@@ -55,7 +55,7 @@ def text(card: dict[str, Any]) -> str:
             for what in ("motion", "scene", "sharpness"):
                 made, real = score["generated"][what], score["real"][what]
                 rows.append(
-                    f"| {name}, {score['steps']} steps | {what} | {made:.4g} | {real:.4g} | {made / real:.2f} |"
+                    f"| {name}, {score['steps']} steps, guidance {score['guidance']} | {what} | {made:.4g} | {real:.4g} | {made / real:.2f} |"
                 )
     seen = ", ".join(f"{count:,} at {grid}" for grid, count in card["clips_trained"].items())
     return f"""# Pocket
@@ -77,7 +77,7 @@ the player keeps to one steady motion. It knows {len(MOTIONS)} motions ({", ".jo
 ## Checks
 Motion and scene: the share of clips in which a classifier, fitted on {checks["fitted_on"]} real clips, sees what the
 prompt asked for; on {checks["held_out"]} held-out real clips beside it. Generated: seeds 0 to
-{card["check_seeds"] - 1}, unselected, guidance {checks["guidance"]}. Sharpness: mean gradient energy, pixels in [0, 1].
+{card["check_seeds"] - 1}, unselected. Sharpness: mean gradient energy, pixels in [0, 1].
 
 | grid | check | generated | real | ratio |
 |---|---|---|---|---|

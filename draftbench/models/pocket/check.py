@@ -24,8 +24,8 @@ from .prompts import MOTIONS, SCENES, sentence, tokens
 from .sampler import initial_noise, sample
 from .train import FRAMES, parse, render, resize
 
-# Token grids, sampler steps and shifts that the model is checked at.
-GRIDS = {"small": ((8, 16, 24), 8, 2.0), "large": ((16, 32, 48), 20, 3.0)}
+# Token grid, sampler steps, shift and guidance that the model is checked at: those of conf/model.
+GRIDS = {"small": ((8, 16, 24), 8, 1.0, 3.0), "large": ((16, 32, 48), 12, 3.0, 3.5)}
 
 
 @dataclass
@@ -34,12 +34,10 @@ class Settings:
 
     out: str = "outputs/pocket_training"
     workers: int = 16
-    shift: float = 0.0  # of the sampler; 0 takes each grid's own
     real: int = 1000  # clips a scene to fit the judge on
     held_out: int = 100  # clips a scene to score
     judge_steps: int = 2500
     seeds: int = 100
-    guidance: float = 2.0
     grids: str = "small,large"
 
 
@@ -79,7 +77,7 @@ def check(settings: Settings) -> dict[str, object]:
     model = load(out / "pocket.safetensors").to(device)
     seeds = list(range(settings.seeds))
     asked = torch.tensor([[s % len(MOTIONS), s // len(MOTIONS) % len(SCENES)] for s in seeds], device=device)
-    scores: dict[str, object] = {"fitted_on": fitted_on, "held_out": len(held), "guidance": settings.guidance}
+    scores: dict[str, object] = {"fitted_on": fitted_on, "held_out": len(held)}
     samples = {}
 
     def score(clips: Tensor, wanted: Tensor) -> dict[str, float]:
@@ -91,8 +89,7 @@ def check(settings: Settings) -> dict[str, object]:
         }
 
     for name in settings.grids.split(","):
-        grid, steps, shift = GRIDS[name]
-        shift = settings.shift or shift
+        grid, steps, shift, guidance = GRIDS[name]
         real = torch.cat([resize(x[:, :: FRAMES // grid[0]].float(), grid).round().byte() for x in held.split(50)])
         made = []
         for start in range(0, len(seeds), 10):
@@ -101,9 +98,14 @@ def check(settings: Settings) -> dict[str, object]:
             prompts = [sentence(*asked[s].tolist()) for s in some]
             text = torch.tensor([tokens(prompt) for prompt in prompts], device=device)
             with torch.autocast(device.type, torch.bfloat16):
-                made.append(sample(model, noise, text, steps=steps, shift=shift, guidance=settings.guidance))
+                made.append(sample(model, noise, text, steps=steps, shift=shift, guidance=guidance))
         clips = torch.cat(made)
-        scores[name] = {"steps": steps, "real": score(real, truth), "generated": score(clips, asked)}
+        scores[name] = {
+            "steps": steps,
+            "guidance": guidance,
+            "real": score(real, truth),
+            "generated": score(clips, asked),
+        }
         print(name, json.dumps(scores[name]), flush=True)
         first = [int((truth == asked[s]).all(1).nonzero()[0]) for s in range(0, 36, 5)]
         samples[f"{name}.generated"], samples[f"{name}.real"] = clips[:36:5].cpu(), real[first].cpu()
