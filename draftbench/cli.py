@@ -272,9 +272,18 @@ def gather(jobs: Jobs) -> int:
     return int(bool(failures or missing or bad))
 
 
+def _baselines(jobs: Jobs) -> list[dict[str, Any]]:
+    """The first dense timing of each model and grid, for a sweep that has no dense job."""
+    found = [records.read(path) for folder in jobs.folders if (path := folder / "baseline.json").exists()]
+    first = {(row["model"], tuple(row["grid"])): row for row in reversed(found)}
+    return list(first.values())
+
+
 def _show_sweep(jobs: Jobs, rows: list[dict[str, Any]]) -> None:
     from . import report, tracking
 
+    if all(row["method"] != "dense" for row in rows):
+        rows = [*_baselines(jobs), *rows]
     table = report.table(rows)
     print(f"\n{table}\n\nTable, records and videos: {jobs.root}")
     try:

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from . import kernels, records, report
+from . import kernels, records, report, schema
 from .attention import DenseParts, Meter, Method, Request, Session, Watch
 from .cache import FrameCache
 from .diagnostics import Probe
@@ -39,8 +38,7 @@ from .tracking import Tracker
 
 def build(config: DictConfig) -> tuple[Model, Method]:
     """The model and the method of a composed config; weights are not loaded yet. Errors name the key that is wrong."""
-    model = {key: value for key, value in config.model.items() if key != "geometry"}
-    return instantiate(model, _convert_="all"), instantiate(config.method, _convert_="all")
+    return schema.model(config), schema.method(config)
 
 
 def job(config: DictConfig, folder: Path, group: str | None = None) -> list[dict[str, Any]]:
@@ -63,7 +61,7 @@ def job(config: DictConfig, folder: Path, group: str | None = None) -> list[dict
                 {path.stem: path for path in sorted(folder.glob(f"*.{kind}"))} for kind in ("mp4", "png")
             )
             tracker.log_files(videos, pictures)
-    print(report.table(rows if work.name == "dense" else [*work.baseline_rows(), *rows]))
+    print(report.table(rows if work.name == "dense" or not work.baseline else [work.baseline, *rows]))
     print(f"records, videos and pictures: {folder}")
     return rows
 
@@ -98,6 +96,7 @@ class Job:
         self.frames, self.index = FrameCache(cache / "frames"), records.Index(cache / "cells")
         self.memo: dict[tuple[str, Request], list[Clip]] = {}
         self.timed: dict[str, Any] = {}
+        self.baseline: dict[str, Any] | None = None  # the dense timing of this process, as a record
         self.request = Request((self.prompts[0],), (int(config.seeds[0]),), self.model.steps)
 
     def run(self) -> list[dict[str, Any]]:
@@ -153,8 +152,14 @@ class Job:
         }  # fmt: skip
         if self.method.sparse:
             self.timed["parts_ms"] = self.parts_ms()
-        baseline = {"baseline_id": self.timed["baseline_id"], "kind": "baseline", **self.environment}
-        records.write(baseline | {"latency": dense.summary()}, self.folder / "baseline.json")
+        self.baseline = records.new(
+            kind="baseline", cell_id=self.timed["baseline_id"], baseline_id=self.timed["baseline_id"],
+            model=self.model.name, weights_hash=self.model.weights_hash, method="dense", sparsity=0.0,
+            sparsity_achieved=0.0, density_effective=1.0, grid=list(self.model.grid), steps=self.model.steps,
+            speedup_generate=1.0, speedup_attention=1.0, latency={"dense": dense.summary()}, status="ok",
+            **{name: dense.median(name) for name in vars(dense)}, **self.environment,
+        )  # fmt: skip
+        records.write(self.baseline, self.folder / "baseline.json")
 
     def time(self, method: Method, request: Request) -> Timing:
         """One whole generation, timed; its clips are kept for the batch that asks for the same."""
@@ -249,7 +254,7 @@ class Job:
             cell_id=self.cell_id(*cell), model=self.model.name, weights_hash=self.model.weights_hash, method=self.name,
             method_settings=_plain(self.method), executor=self.executor_name, prompt=cell[0], seed=cell[1],
             grid=list(self.model.grid), sparsity=float(self.config.sparsity), status=status,
-            dense=asdict(self.parts), batch=self.config.batch, **self.environment, **self.timed, **values,
+            model_settings=self.model.settings(), dense=asdict(self.parts), batch=self.config.batch, **self.environment, **self.timed, **values,
         )  # fmt: skip
 
     def show(self, number: int, cell: tuple[str, int], frames: Tensor, dense: Tensor) -> None:
@@ -275,18 +280,6 @@ class Job:
     def path(self, number: int, total: int) -> Path:
         """Where a cell's record goes."""
         return self.folder / ("record.json" if total == 1 else f"record_{number:03}.json")
-
-    def baseline_rows(self) -> list[dict[str, Any]]:
-        """The dense timing of this process as a row for the table, if there is one."""
-        if not self.timed:
-            return []
-        dense = self.timed["latency"]["dense"]
-        row = records.new(
-            kind="baseline", cell_id=self.timed["baseline_id"], model=self.model.name, method="dense", sparsity=0.0,
-            sparsity_achieved=0.0, density_effective=1.0, generate_s=dense["generate_s"]["p50"], speedup_generate=1.0,
-            speedup_attention=1.0, status="ok", grid=list(self.model.grid), steps=self.model.steps, **self.environment,
-        )  # fmt: skip
-        return [row]
 
     def cell_id(self, prompt: str, seed: int) -> str:
         """The hash of everything that shapes a cell: settings, weights, GPU, versions and the method's source."""

@@ -27,6 +27,12 @@ class SVG(Method):
     samples: int = 64
     first_frame_sink: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("block", "samples"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"method.{key} must be at least 1, got {getattr(self, key)}")
+
     def plan(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Plan:
         """See `Method.plan`."""
         layout, device = call.layout, q.device

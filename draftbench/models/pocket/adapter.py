@@ -16,7 +16,7 @@ from ...attention import Request, Session
 from ...environment import resolve_device
 from ...layout import Layout
 from . import judge as judging
-from .model import PocketDiT, load
+from .model import PocketDiT, check_weights, load
 from .prompts import LENGTH, MOTIONS, SCENES, labels, tokens
 from .sampler import initial_noise, sample
 
@@ -54,8 +54,7 @@ class Pocket:
         if self.dtype == "auto":
             self.dtype = "bfloat16" if self.device.type == "cuda" else "float32"
         self.path = Path(self.weights).expanduser() if self.weights else WEIGHTS / "pocket.safetensors"
-        if not self.path.is_file():
-            raise FileNotFoundError(f"model.weights: there is no file {self.path}")
+        check_weights(self.path)
 
     @property
     def grid(self) -> tuple[int, int, int]:

@@ -54,16 +54,16 @@ def text(card: dict[str, Any]) -> str:
         if isinstance(score, dict):
             for what in ("motion", "scene", "sharpness"):
                 made, real = score["generated"][what], score["real"][what]
-                rows.append(
-                    f"| {name}, {score['steps']} steps, guidance {score['guidance']} | {what} | {made:.4g} | {real:.4g} | {made / real:.2f} |"
-                )
+                setting = f"{name}, {score['steps']} steps, guidance {score['guidance']}"
+                rows.append(f"| {setting} | {what} | {made:.4g} | {real:.4g} | {made / real:.2f} |")
     seen = ", ".join(f"{count:,} at {grid}" for grid, count in card["clips_trained"].items())
     return f"""# Pocket
 
 A text-to-video diffusion transformer of {card["parameters"] / 1e6:.1f} million parameters (float16, safetensors),
 trained by this project so that the benchmark has a real model that needs no download. It paints Freedoom rooms while
-the player keeps to one steady motion. It knows {len(MOTIONS)} motions ({", ".join(MOTIONS)}) and {len(SCENES)} scenes
-({", ".join(SCENES)}), and nothing else; its numbers are no evidence about larger models.
+the player keeps to one steady motion. It knows {len(MOTIONS)} motions ({", ".join(MOTIONS)})
+and {len(SCENES)} scenes ({", ".join(SCENES)}), and nothing else;
+its numbers are no evidence about larger models.
 
 - Weights: `weights/pocket.safetensors`, SHA-256 `{digest}`; every record carries this hash.
 - Data: rendered while it trained by ViZDoom 1.3.2 (MIT) with Freedoom's maps and textures (BSD-3-Clause), `clips.py`;
@@ -83,14 +83,16 @@ prompt asked for; on {checks["held_out"]} held-out real clips beside it. Generat
 |---|---|---|---|---|
 {chr(10).join(rows)}
 
-![Generated clips above real ones](contact_sheet.png)
+![Generated clips above real ones](contact_sheet.jpg)
 
-Each pair of rows: generated above, a real clip of the same motion and scene below; unselected.
+Each pair of rows: generated above, a real clip of the same motion and scene below; unselected, of the large grid.
 """
 
 
 def main(settings: Settings) -> None:
     """Write MODEL_CARD.md, loss.png and contact_sheet.png beside this file."""
+    from PIL import Image
+
     from ...report import contact_sheet
 
     out = Path(settings.out)
@@ -101,7 +103,8 @@ def main(settings: Settings) -> None:
     for i, seed in enumerate(range(0, 36, 5)):
         prompt = sentence(seed % len(MOTIONS), seed // len(MOTIONS) % len(SCENES))
         rows += [(prompt, samples["large.generated"][i]), ("real", samples["large.real"][i])]
-    contact_sheet(rows, HERE / "contact_sheet.png")
+    contact_sheet(rows, out / "contact_sheet.png")
+    Image.open(out / "contact_sheet.png").convert("RGB").save(HERE / "contact_sheet.jpg", quality=88)
     (HERE / "MODEL_CARD.md").write_text(text(card))
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from .sampler import initial_noise, sample
 from .train import FRAMES, parse, render, resize
 
 # Token grid, sampler steps, shift and guidance that the model is checked at: those of conf/model.
-GRIDS = {"small": ((8, 16, 24), 8, 1.0, 3.0), "large": ((16, 32, 48), 12, 3.0, 3.5)}
+GRIDS = {"small": ((8, 16, 24), 8, 1.0, 3.0), "large": ((16, 32, 48), 20, 3.0, 3.0)}
 
 
 @dataclass
@@ -73,7 +74,8 @@ def check(settings: Settings) -> dict[str, object]:
         half = {name: value.half().contiguous().cpu() for name, value in fitted.state_dict().items()}
         save_file(half, out / "judge.safetensors", metadata={"fitted_on": str(len(video))})
     judge = judging.load(out / "judge.safetensors").to(device)
-    fitted_on = judging.read_weights(out / "judge.safetensors")[0].get("fitted_on", 0)
+    with safe_open(out / "judge.safetensors", "pt") as file:
+        fitted_on = int(file.metadata()["fitted_on"])
     model = load(out / "pocket.safetensors").to(device)
     seeds = list(range(settings.seeds))
     asked = torch.tensor([[s % len(MOTIONS), s // len(MOTIONS) % len(SCENES)] for s in seeds], device=device)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .model import read_weights
 from .prompts import MOTIONS, SCENES
 
 SIZE = (64, 96)  # the classifier's input, whatever the clip's size
@@ -83,9 +83,9 @@ def fit(clips: Tensor, motions: Tensor, scenes: Tensor, steps: int, seed: int) -
 
 
 def load(path: Path) -> Judge:
-    """The judge in a weights file, in evaluation mode; errors as `model.read_weights`."""
+    """The judge in a weights file, in evaluation mode, on the CPU."""
     judge = Judge()
-    judge.load_state_dict(read_weights(path)[1])
+    judge.load_state_dict({name: value.float() for name, value in load_file(path).items()})
     return judge.eval().requires_grad_(False)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .prompts import LENGTH, WORDS
@@ -198,30 +199,30 @@ class PocketDiT(nn.Module):
         return y.reshape(video.shape)
 
 
-def load(path: Path) -> PocketDiT:
-    """The network in a weights file, float32, on the CPU, in evaluation mode.
+def check_weights(path: Path) -> PocketConfig:
+    """The network's shape in a weights file, whose header alone is read.
 
-    Raises FileNotFoundError or ValueError, naming the file, if it is missing, a pickle, damaged or of another network.
+    Raises FileNotFoundError or ValueError, naming the file, if it is missing, a pickle, cut short or of another network.
     """
-    shape, weights = read_weights(path)
-    try:
-        model = PocketDiT(PocketConfig(**shape))
-        model.load_state_dict(weights)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"model.weights: {path} holds another network ({str(error).splitlines()[0]})") from None
-    return model.eval().requires_grad_(False)
-
-
-def read_weights(path: Path) -> tuple[dict[str, int], dict[str, Tensor]]:
-    """(Metadata, float32 tensors) of a safetensors file; errors as `load`."""
     if not path.is_file():
         raise FileNotFoundError(f"model.weights: there is no file {path}")
     try:
         with safe_open(path, "pt") as file:
-            shape = {key: int(value) for key, value in (file.metadata() or {}).items()}
-            return shape, {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
+            config = PocketConfig(**{key: int(value) for key, value in (file.metadata() or {}).items()})
+            given = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"model.weights: {path} is not a whole safetensors file ({reason}); pickles are not read"
-        ) from None
+        raise ValueError(f"model.weights: {path} is no whole safetensors file of pocket's ({reason})") from None
+    with torch.device("meta"):
+        wanted = {name: tuple(value.shape) for name, value in PocketDiT(config).state_dict().items()}
+    if given != wanted:
+        odd = sorted(name for name in given.keys() | wanted.keys() if given.get(name) != wanted.get(name))
+        raise ValueError(f"model.weights: {path} holds another network, see {', '.join(odd[:3])}")
+    return config
+
+
+def load(path: Path) -> PocketDiT:
+    """The network in a weights file, float32, on the CPU, in evaluation mode; errors as `check_weights`."""
+    model = PocketDiT(check_weights(path))
+    model.load_state_dict({name: value.float() for name, value in load_file(path).items()})
+    return model.eval().requires_grad_(False)
