@@ -27,7 +27,8 @@ FIELDS = (
     *("baseline_id", "peak_memory_gib", "device", "versions", "commit", "dirty", "status", "timestamp"),
 )
 OPTIONAL = (
-    "latency", "parts_ms", "quality", "frames_sha256", "files", "dense", "labels", "steps_requested", "batch", "model_settings",
+    "latency", "parts_ms", "quality", "frames_sha256", "files", "dense", "labels", "steps_requested", "batch",
+    "model_settings",
 )  # fmt: skip
 
 

@@ -254,7 +254,8 @@ class Job:
             cell_id=self.cell_id(*cell), model=self.model.name, weights_hash=self.model.weights_hash, method=self.name,
             method_settings=_plain(self.method), executor=self.executor_name, prompt=cell[0], seed=cell[1],
             grid=list(self.model.grid), sparsity=float(self.config.sparsity), status=status,
-            model_settings=self.model.settings(), dense=asdict(self.parts), batch=self.config.batch, **self.environment, **self.timed, **values,
+            model_settings=self.model.settings(), dense=asdict(self.parts),
+            batch=self.config.batch, **self.environment, **self.timed, **values,
         )  # fmt: skip
 
     def show(self, number: int, cell: tuple[str, int], frames: Tensor, dense: Tensor) -> None:

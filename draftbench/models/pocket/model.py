@@ -202,7 +202,7 @@ class PocketDiT(nn.Module):
 def check_weights(path: Path) -> PocketConfig:
     """The network's shape in a weights file, whose header alone is read.
 
-    Raises FileNotFoundError or ValueError, naming the file, if it is missing, a pickle, cut short or of another network.
+    Raises FileNotFoundError or ValueError, naming the file, if it is missing, a pickle, cut short or another network.
     """
     if not path.is_file():
         raise FileNotFoundError(f"model.weights: there is no file {path}")
