@@ -1,6 +1,7 @@
 PYTHON ?= python3
+RUN := .venv/bin/python -P -m
 
-.PHONY: setup test lint
+.PHONY: setup demo test lint tables
 
 setup: .venv/ready
 
@@ -10,9 +11,16 @@ setup: .venv/ready
 	.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch .venv/ready
 
+demo: setup
+	$(RUN) draftbench +method=draft sparsity=0.9
+
 test: setup
-	.venv/bin/python -P -m pytest
+	$(RUN) pytest
 
 lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	$(RUN) draftbench.tables --check
+
+tables: setup
+	$(RUN) draftbench.tables

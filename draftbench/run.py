@@ -49,7 +49,7 @@ def job(config: DictConfig, folder: Path, group: str | None = None) -> list[dict
     """
     folder.mkdir(parents=True, exist_ok=True)
     work = Job(config, folder)
-    plain = OmegaConf.to_container(config, resolve=True)
+    plain: Any = OmegaConf.to_container(config, resolve=True)
     with Tracker(
         config.tracking.mode, config.tracking.project, folder, group or folder.name,
         f"{work.model.name} {work.name} {config.sparsity:g}", plain,
@@ -273,7 +273,11 @@ class Job:
         probe = Probe(self.method, self.executor, dense_kernel.run, self.parts)
         self.model.generate(first, probe)
         means = {name: sum(row[name] for row in probe.rows) / len(probe.rows) for name in ("error", "mass")}
-        table = {"kind": "diagnostics", "cell_id": self.cell_id(first.prompts[0], first.seeds[0]), "method": self.name}
+        table: dict[str, Any] = {
+            "kind": "diagnostics",
+            "cell_id": self.cell_id(first.prompts[0], first.seeds[0]),
+            "method": self.name,
+        }
         table |= {"sparsity": float(self.config.sparsity), "prompt": first.prompts[0], "seed": first.seeds[0]}
         records.write(table | {"mean": means, "calls": probe.rows}, self.folder / "diagnostics.json")
         print(f"diagnostics: mean output error {means['error']:.4f}, recalled attention mass {means['mass']:.4f}")

@@ -71,6 +71,7 @@ def choose_windows(
     counts = box.counts(grid)
     family = []
     for window in itertools.product(*(range(1, n + 1) for n in counts)):
+        window = (window[0], window[1], window[2])
         shares = [size / n for size, n in zip(window, counts, strict=True)]
         family.append((window_density(box, grid, window), max(shares) - min(shares), window))
     choices = []
@@ -83,7 +84,7 @@ def choose_windows(
     return (a[2],) * mix + (b[2],) * (heads - mix)
 
 
-def _pairs(family: list[tuple[float, float, tuple[int, ...]]], density: float) -> list[tuple[tuple, tuple]]:
+def _pairs(family: list[tuple[float, float, tuple[int, int, int]]], density: float) -> list[tuple[tuple, tuple]]:
     """Pairs of windows around the density: the nearest few on each side, for a short search."""
     near = sorted(family, key=lambda item: abs(item[0] - density))[:24]
     return list(itertools.combinations_with_replacement(near, 2))

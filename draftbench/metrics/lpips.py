@@ -81,7 +81,7 @@ def _distances(a: Tensor, b: Tensor, net: str, weights: dict[str, Tensor]) -> Te
             difference = (unit[: len(a)] - unit[len(a) :]).square()
             total = total + F.conv2d(difference, weights[f"head{tap}"]).mean((1, 2, 3))
             tap += 1
-        else:
+        elif isinstance(layer, tuple):
             _, stride, padding = layer
             x = F.relu(F.conv2d(x, weights[f"conv{conv}.weight"], weights[f"conv{conv}.bias"], stride, padding))
             conv += 1

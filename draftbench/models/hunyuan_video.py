@@ -217,7 +217,7 @@ class _Processor:
             q, k, v = _project(hidden_states, attn.heads, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k))
             text_q, text_k, text_v = (x[:, :real] for x in _project(encoder_hidden_states, attn.heads, added, norms))
             v = torch.cat([v, text_v], 1)
-        q, k = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (q, k))
+        q, k = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (q, k))  # type: ignore[arg-type,assignment]
         q, k = torch.cat([q, text_q], 1), torch.cat([k, text_k], 1)
 
         out = self.hook.attend(q, k, v, self.layer).flatten(2, 3)

@@ -70,7 +70,9 @@ def check(settings: Settings) -> dict[str, object]:
     held, truth = (x.to(device) for x in rendered(99_000_000, settings.held_out, settings.workers))
     if fresh:
         video, labels = (x.to(device) for x in rendered(50_000_000, settings.real, settings.workers))
-        fitted = fit(resize(video.float(), (FRAMES, 16, 24)).round().byte(), *labels.T, settings.judge_steps, 0)
+        fitted = fit(
+            resize(video.float(), (FRAMES, 16, 24)).round().byte(), labels[:, 0], labels[:, 1], settings.judge_steps, 0
+        )
         half = {name: value.half().contiguous().cpu() for name, value in fitted.state_dict().items()}
         save_file(half, out / "judge.safetensors", metadata={"fitted_on": str(len(video))})
     judge = judging.load(out / "judge.safetensors").to(device)

@@ -8,9 +8,10 @@ frame `BREADTH` units wide, so a finer grid samples the same clip more finely, a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -189,7 +190,7 @@ class PocketDiT(nn.Module):
         place = self.place(torch.cat([phases.sin(), phases.cos()], -1).to(self.inp.weight.dtype))
         x = torch.cat([self.inp(patches.to(self.inp.weight.dtype)) + place, text.to(self.inp.weight.dtype)], 1)
         modulation = self.modulation(c)
-        for layer, block in enumerate(self.blocks):
+        for layer, block in enumerate(cast(Iterable[Block], self.blocks)):
             q, k, v = self.project(block, x, modulation, cos, sin)
             x = self.finish(block, x, self.attend(q, k, v, layer), modulation)
         shift, scale = self.last(c)[:, None].chunk(2, -1)
