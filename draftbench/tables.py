@@ -1,6 +1,7 @@
 """Tables from committed records: `python -m draftbench.tables` rewrites results/tables from results/records.
 
-One Markdown file for each file of records; one row a method and sparsity. Means over clips; the contrasts (each method
+One Markdown file for each file of records, and a short form of it between the README's markers
+`<!-- table NAME -->` and `<!-- end -->`; one row a method and sparsity. Means over clips; the contrasts (each method
 minus random, minus draft) are paired by clip, with a seeded bootstrap that resamples prompts and then seeds within
 them. A table never mixes devices, versions, weights or grids: it refuses.
 """
@@ -8,9 +9,9 @@ them. A table never mixes devices, versions, weights or grids: it refuses.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,35 @@ def markdown(rows: list[dict[str, Any]], source: str) -> str:
     return "\n".join(out) + "\n"
 
 
+def short(rows: list[dict[str, Any]]) -> str:
+    """The table for the README: a row a method, PSNR and LPIPS at each sparsity."""
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        if row["status"] == "ok" and row["method"] != "dense":
+            groups[row["method"], row["sparsity"]].append(row)
+    levels = sorted({sparsity for _, sparsity in groups})
+    out = [
+        "| PSNR dB / LPIPS (clips) | " + " | ".join(f"{level:.0%}" for level in levels) + " |",
+        "|---" * (len(levels) + 1) + "|",
+    ]
+    for method in sorted({name for name, _ in groups}):
+        cells = [groups.get((method, level), []) for level in levels]
+        texts = [f"{_mean(g, 'psnr_db', '.1f')} / {_mean(g, 'lpips', '.3f')} ({len(g)})" if g else "-" for g in cells]
+        out.append(f"| `{method}` | " + " | ".join(texts) + " |")
+    return "\n".join(out)
+
+
+def readme(text: str, tables: dict[str, str]) -> str:
+    """`text` with what stands between each pair of markers replaced; an unknown name raises ValueError."""
+
+    def fill(match: re.Match[str]) -> str:
+        if match[1] not in tables:
+            raise ValueError(f"README: there are no records for the table {match[1]!r}")
+        return f"<!-- table {match[1]} -->\n{tables[match[1]]}\n<!-- end -->"
+
+    return re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+
 def contrasts(cells: dict[tuple[float, str], list[dict[str, Any]]], base: str) -> list[str]:
     """Lines of a table: every method minus `base`, clip by clip."""
     out = [
@@ -141,30 +171,31 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("python -m draftbench.tables", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--records", type=Path, default=Path("results/records"))
     parser.add_argument("--out", type=Path, default=Path("results/tables"))
+    parser.add_argument("--readme", type=Path, default=Path("README.md"))
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a table is out of date")
     options = parser.parse_args(arguments)
     sources = sorted(options.records.glob("*.jsonl"))
     if not sources:
         print(f"--records: there are no .jsonl files in {options.records}", file=sys.stderr)
         return 2
+    rows = {source.stem: records.read_all([source]) for source in sources}
+    pages = {options.out / f"{name}.md": markdown(group, name) for name, group in rows.items()}
+    if options.readme.is_file():
+        tables = {name: short(group) for name, group in rows.items()}
+        pages[options.readme] = readme(options.readme.read_text(), tables)
     stale = 0
-    for source in sources:
-        content, path = render(source), options.out / f"{source.stem}.md"
-        if options.check:
-            if not path.is_file() or path.read_text() != content:
-                print(f"{path} is out of date; run `make tables`", file=sys.stderr)
-                stale = 1
+    for path, content in pages.items():
+        if path.is_file() and path.read_text() == content:
             continue
-        options.out.mkdir(parents=True, exist_ok=True)
+        if options.check:
+            print(f"{path} is out of date; run `make tables`", file=sys.stderr)
+            stale = 1
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
         with records.replacing(path) as temporary:
             Path(temporary).write_text(content)
         print(path)
     return stale
-
-
-def render(source: Path, read: Callable[[list[Path]], list[dict[str, Any]]] = records.read_all) -> str:
-    """The Markdown of one file of records."""
-    return markdown(read([source]), source.stem)
 
 
 if __name__ == "__main__":
