@@ -82,7 +82,7 @@ class Job:
     def __init__(self, config: DictConfig, folder: Path):
         self.config, self.folder = config, folder
         self.model, self.method = build(config)
-        self.name = _file(type(self.method)).stem
+        self.name, self.settings = _file(type(self.method)).stem, _plain(self.method)  # before it measures any
         self.prompts = [config.prompts] if isinstance(config.prompts, str) else list(config.prompts)
         self.model.check(self.prompts)
         if "lpips" in config.metrics:
@@ -292,7 +292,7 @@ class Job:
         return records.cell_id(
             {
                 "reference": self._reference_identity(), "prompt": prompt, "seed": seed, "method": self.name,
-                "settings": _plain(self.method), "sparsity": float(config.sparsity), "dense": asdict(self.parts),
+                "settings": self.settings, "sparsity": float(config.sparsity), "dense": asdict(self.parts),
                 "executor": self.executor_name, "source": _source(type(self.method), self.executor.module.__file__),
                 "metrics": [*config.metrics, config.lpips_net], "latency": OmegaConf.to_container(config.latency),
                 "videos": bool(config.videos), "diagnostics": bool(config.diagnostics), "batch": int(config.batch),
@@ -345,8 +345,8 @@ def _file(kind: type) -> Path:
 
 
 def _source(kind: type, *more: str | None) -> str:
-    """A digest of the source of a class, its bases of ours, and other files."""
-    files = [_file(base) for base in kind.__mro__ if base.__module__.startswith("draftbench")]
+    """A digest of the source of a class, its bases, and other files."""
+    files = [_file(base) for base in kind.__mro__ if base.__module__ != "builtins"]
     digest = hashlib.sha256()
     for path in [*files, *(Path(name) for name in more if name)]:
         digest.update(path.read_bytes())

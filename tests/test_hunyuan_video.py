@@ -14,6 +14,7 @@ import yaml
 from draftbench.kernels import dense, run
 from draftbench.methods.dense import Dense
 
+from draftbench import records
 from draftbench.attention import DenseParts, Method, Request, Session, Watch
 from draftbench.models.hunyuan_video import HunyuanVideo
 
@@ -403,3 +404,25 @@ def test_config_has_the_constructors_keys():
     assert config.pop("_target_") == f"{HunyuanVideo.__module__}.{HunyuanVideo.__qualname__}"
     assert set(config.pop("geometry")) == {"region", "tile", "block"}
     assert set(config) == set(inspect.signature(HunyuanVideo).parameters)
+
+
+def test_a_whole_job_runs_from_the_command_line(checkpoint, tmp_path, capsys):
+    from draftbench.cli import main
+
+    size = ["model.frames=9", "model.height=48", "model.width=64", "model.steps=3", "model.dtype=float32"]
+    blocks = ["model.geometry.region=[2,2]", "model.geometry.tile=[1,2,2]", "model.geometry.block=4"]
+    rest = [
+        f"prompts=[{SHORT}]",
+        "tracking=disabled",
+        f"cache={tmp_path / 'cache'}",
+        f"hydra.run.dir={tmp_path / 'run'}",
+    ]
+    given = ["model=hunyuan_video", f"model.path={checkpoint}", "+method=draft", "sparsity=0.5", "diagnostics=true"]
+    assert main([*given, *size, *blocks, *rest]) == 0
+    record = records.read(tmp_path / "run" / "record.json")
+    assert record["status"] == "ok"
+    assert "quality" not in record  # pocket alone has checks of its own
+    assert abs(record["sparsity_achieved"] - 0.5) < 0.1
+    assert record["speedup_attention"] > 0
+    assert (tmp_path / "run" / "000_side_by_side.png").exists()
+    assert (tmp_path / "run" / "diagnostics.json").exists()

@@ -172,3 +172,18 @@ def test_a_method_cannot_claim_density():
 def test_meter_starts_empty():
     assert Meter(2).density() == [1, 1] and Meter(2).sparsity() == [0, 0] and Meter(2).fallback_rows() == [0, 0]
     assert callable(count_pairs)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.75, 0.9, 0.95])
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+@pytest.mark.parametrize("text", [0, 7])
+@pytest.mark.parametrize("name", METHODS)
+def test_every_executor_gives_the_same(name, text, grid, sparsity):
+    """The full cross product, `pytest -m full`; the default suite has pairs of these."""
+    expected, *_ = attend(build(name, sparsity), grid, text, executor="reference")
+    out, session, _ = attend(build(name, sparsity), grid, text, executor="cpu")
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+    if name in SPARSE and sparsity:
+        # bands, windows and ties come in whole blocks
+        assert all(abs(achieved - sparsity) < 0.07 for achieved in session.meter.sparsity())

@@ -1,0 +1,56 @@
+"""A random network of pocket's anatomy, and configs that run it in a moment."""
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+
+from draftbench import schema
+from draftbench.models.pocket.model import PocketConfig, PocketDiT
+from draftbench.models.pocket.train import save
+
+LAYERS = 2
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Makes a weights file from a seed: two layers, random throughout, so that attention shapes the frames."""
+
+    def make(seed=0):
+        path = folder / f"{seed}.safetensors"
+        if not path.exists():
+            torch.manual_seed(seed)
+            model = PocketDiT(PocketConfig(width=32, depth=LAYERS, heads=2, hidden=32))
+            for layer in (model.out, model.modulation, model.last):
+                torch.nn.init.normal_(layer.weight, std=0.1)
+            save(model.state_dict(), model.config, path)
+        return path
+
+    folder = tmp_path_factory.mktemp("weights")
+    return make
+
+
+@pytest.fixture
+def one_thread():
+    """Threads that wait for one another cost a tiny network more than they bring, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def configured(one_thread, tmp_path, tiny):
+    """Composes and checks a config: a grid of 5x8x12 tokens, two steps, the first dense; untimed unless asked for."""
+
+    def make(*overrides):
+        with initialize_config_module("draftbench.conf", version_base="1.3"):
+            config = compose("config", [*common, *overrides])
+        schema.check(config)
+        return config
+
+    common = [
+        f"model.weights={tiny()}", "model.frames=5", "model.height=32", "model.width=48", "model.steps=2",
+        "model.geometry.region=[4,4]", "model.geometry.tile=[1,4,4]", "model.geometry.block=16", "device=cpu",
+        "tracking=disabled", "videos=false", "metrics=[psnr_db]", "latency.enabled=false", f"cache={tmp_path}/cache",
+    ]  # fmt: skip
+    return make
