@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ class Job:
                     path = self.path(number, len(cells))
                     records.write(row, path)
                     if row["status"] == "ok":
-                        self.index.add(row, path)
+                        _keep("a cell will be run again", partial(self.index.add, row, path))
                     rows.append((number, row))
                     bar.update()
         return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
@@ -202,10 +203,7 @@ class Job:
             return [clip for clip in cached if clip is not None]
         made = [clip.frames for clip in self.clips(Dense(), request)]
         for key, frames in zip(keys, made, strict=True):
-            try:
-                self.frames.put(key, frames)
-            except OSError as error:
-                print(f"draftbench: the reference was not cached: {error}", file=sys.stderr)
+            _keep("the reference was not cached", partial(self.frames.put, key, frames))
         return made
 
     def batch(self, batch: list[tuple[int, tuple[str, int]]]) -> list[dict[str, Any]]:
@@ -330,6 +328,14 @@ class Progress(Watch):
     def attention(self) -> Any:
         """See `Watch.attention`."""
         return self.inner.attention()
+
+
+def _keep(otherwise: str, write: Callable[[], None]) -> None:
+    """Write to the cache; what fails there costs time later and no result, so it is told and not raised."""
+    try:
+        write()
+    except OSError as error:
+        print(f"draftbench: {otherwise}: {error.strerror or error}", file=sys.stderr)
 
 
 def _counts(meter: Meter) -> tuple[list[float], list[float], list[int]]:

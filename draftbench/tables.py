@@ -73,9 +73,11 @@ def markdown(rows: list[dict[str, Any]], source: str) -> str:
         if not ok:
             out.append(f"| {sparsity:g} | {method} | {group[0]['status']} |" + " |" * 10)
             continue
+        failed = sorted({row["status"] for row in group} - {"ok"})
+        clips = f"{len(ok)} of {len(group)}; {'; '.join(failed)}" if failed else f"{len(ok)}"
         quality = [row["quality"]["method"] for row in ok if row.get("quality")]
         out.append(
-            f"| {sparsity:g} | {method} | {len(ok)} | {_mean(ok, 'sparsity_achieved', '.3f')} "
+            f"| {sparsity:g} | {method} | {clips} | {_mean(ok, 'sparsity_achieved', '.3f')} "
             f"| {_mean(ok, 'density_effective', '.3f')} | {_mean(ok, 'psnr_db', '.2f')} +- {_sd(ok)} "
             f"| {_mean(ok, 'ssim', '.3f')} | {_mean(ok, 'lpips', '.3f')} | {_mean(quality, 'motion_right', '.2f')} "
             f"| {_mean(quality, 'scene_right', '.2f')} | {_mean(ok, 'generate_s', '.2f')} "
@@ -141,13 +143,10 @@ def contrasts(cells: dict[tuple[float, str], list[dict[str, Any]]], base: str) -
             pairs: dict[str, list[float]] = defaultdict(list)
             for row in group:
                 twin = other.get((row["prompt"], row["seed"]))
-                if twin and row["status"] == "ok":
+                if twin and row["status"] == "ok" and None not in (row[metric], twin[metric]):
                     pairs[row["prompt"]].append(row[metric] - twin[metric])
-            if not pairs:
-                break
-            mean, low, high = interval(pairs)
-            columns.append(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
-        if columns:
+            columns.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(*interval(pairs)) if pairs else "-")
+        if any(column != "-" for column in columns):
             out.append(f"| {sparsity:g} | {method} | " + " | ".join(columns) + " |")
     return out
 
@@ -163,7 +162,8 @@ def _mean(rows: list[dict[str, Any]], name: str, form: str) -> str:
 
 
 def _sd(rows: list[dict[str, Any]]) -> str:
-    return f"{np.std([row['psnr_db'] for row in rows], ddof=1):.2f}" if len(rows) > 1 else "-"
+    values = [row["psnr_db"] for row in rows if row["psnr_db"] is not None]
+    return f"{np.std(values, ddof=1):.2f}" if len(values) > 1 else "-"
 
 
 def main(arguments: list[str]) -> int:
