@@ -197,6 +197,11 @@ class Method:
             plan = self.plan(q, k, v, call)
         return call.execute(plan, q, k, v)
 
+    @property
+    def target(self) -> float:
+        """The sparsity that its records stand at: what was asked for, and 0 for a control that no sparsity changes."""
+        return self.sparsity
+
     def request(self, request: Request) -> Request:
         """What to generate in place of `request`; only controls of the dense run change it (seeds, steps)."""
         return request

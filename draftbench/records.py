@@ -125,10 +125,14 @@ class Index:
     def __init__(self, folder: Path | str):
         self.folder = Path(folder).expanduser()
 
+    def path(self, cell_id: str) -> Path:
+        """Where the record of a finished cell lies; raises OSError, ValueError or KeyError if the index has none."""
+        return Path(json.loads((self.folder / f"{cell_id}.json").read_text(encoding="utf-8"))["record"])
+
     def find(self, cell_id: str) -> dict[str, Any] | None:
         """The record of this cell if its file is still there, is of this cell and has status ok."""
         try:
-            record = read(json.loads((self.folder / f"{cell_id}.json").read_text(encoding="utf-8"))["record"])
+            record = read(self.path(cell_id))
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return record if record.get("cell_id") == cell_id and record.get("status") == "ok" else None

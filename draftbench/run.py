@@ -10,18 +10,19 @@ import inspect
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeAlias
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from . import kernels, records, report, schema
+from . import attention, kernels, layout, metrics, records, report, schema
 from .attention import DenseParts, Meter, Method, Request, Session, Watch
 from .cache import FrameCache
 from .diagnostics import Probe
@@ -67,6 +68,9 @@ def job(config: DictConfig, folder: Path, group: str | None = None) -> list[dict
     return rows
 
 
+Cell: TypeAlias = tuple[str, int]  # prompt and seed
+
+
 @dataclass
 class Clip:
     """A generated clip, uint8 [T, 3, h, w], and the pairs that were counted while it was made."""
@@ -93,6 +97,8 @@ class Job:
         self.parts = DenseParts(config.dense.steps, config.dense.timestep, config.dense.layers)
         self.first_sparse = min(math.ceil(self.parts.steps * self.model.steps - 1e-9), self.model.steps - 1)
         self.environment = describe(self.model.device)
+        self.source = _source(*_classes(self.method), kernels, metrics)
+        self.model_source = _source(type(self.model), attention, layout, dense_kernel)
         cache = Path(config.cache).expanduser()
         self.frames, self.index = FrameCache(cache / "frames"), records.Index(cache / "cells")
         self.memo: dict[tuple[str, Request], list[Clip]] = {}
@@ -112,21 +118,27 @@ class Job:
                 rows.append((number, done))
                 records.write(done, self.path(number, len(cells)))
         if rows:
-            print(
-                f"{len(rows)} of {len(cells)} cells were finished before; force=true runs them again", file=sys.stderr
-            )
+            where = ", ".join(sorted({str(self.index.path(row["cell_id"]).parent) for _, row in rows}))
+            print(f"{len(rows)} of {len(cells)} cells were finished before, see {where}", file=sys.stderr)
+            print("force=true runs them again", file=sys.stderr)
         if waiting:
             self.prepare()
         with tqdm(total=len(cells), initial=len(rows), desc="cells", disable=len(cells) == 1) as bar:
             for start in range(0, len(waiting), self.config.batch):
                 batch = waiting[start : start + self.config.batch]
-                for (number, _), row in zip(batch, self.batch(batch), strict=True):
+                made, clips = self.batch(batch)
+                for (number, _), row in zip(batch, made, strict=True):
                     path = self.path(number, len(cells))
                     records.write(row, path)
                     if row["status"] == "ok":
                         _keep("a cell will be run again", partial(self.index.add, row, path))
                     rows.append((number, row))
                     bar.update()
+                if self.config.videos:  # after the records, so that a full disk loses none
+                    for (number, cell), (clip, dense) in zip(batch, clips, strict=False):
+                        self.show(number, cell, clip.frames, dense)
+        if self.config.diagnostics and self.method.sparse and waiting:
+            self.diagnose()
         return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
 
     def prepare(self) -> None:
@@ -137,10 +149,8 @@ class Job:
         runs: dict[str, Callable[[], Timing]] = {"dense": lambda: self.time(Dense(), self.request)}
         if self.name != "dense":
             runs[self.name] = lambda: self.time(self.method, self.method.request(self.request))
-        cuda = self.model.device.type == "cuda"
-        if cuda:
-            for method in (Dense(), self.method):  # compile and pick kernels before the clock runs
-                self.generate(method, self.request, Watch(), DenseParts(0), last_step=2)
+        for method in (Dense(), self.method):  # load, compile and pick kernels before the clock runs
+            self.generate(method, self.request, Watch(), DenseParts(0), last_step=1)
         timings = in_turn(runs, self.config.latency.repeats)
         dense, mine = timings["dense"], timings[self.name]
         self.timed = {
@@ -206,8 +216,8 @@ class Job:
             _keep("the reference was not cached", partial(self.frames.put, key, frames))
         return made
 
-    def batch(self, batch: list[tuple[int, tuple[str, int]]]) -> list[dict[str, Any]]:
-        """Generate, compare and show one batch; the records of its cells."""
+    def batch(self, batch: Sequence[tuple[int, Cell]]) -> tuple[list[dict[str, Any]], list[tuple[Clip, Tensor]]]:
+        """Generate and compare one batch: its cells' records and, unless it failed, (clip, dense frames) of each."""
         prompts, seeds = zip(*(cell for _, cell in batch), strict=True)
         request = Request(prompts, seeds, self.model.steps)
         changed = self.method.request(request)
@@ -219,20 +229,16 @@ class Job:
             made = self.clips(self.method, changed)
             peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
             rows = []
-            for (number, cell), clip, dense in zip(batch, made, reference, strict=True):
-                if self.config.videos:
-                    self.show(number, cell, clip.frames, dense)
+            for (_, cell), clip, dense in zip(batch, made, reference, strict=True):
                 values = self.measured(clip, dense, cell[0])
                 rows.append(self.record(cell, steps=changed.steps, peak_memory_gib=peak, **values))
-            if self.config.diagnostics and batch[0][0] == 0:
-                self.diagnose(request)
-            return rows
+            return rows, list(zip(made, reference, strict=True))
         except (RuntimeError, ValueError) as error:  # out of memory, or a plan that the executor refuses
             if self.config.debug:
                 raise
             reason = f"failed: {str(error).splitlines()[0]}"
             print(f"draftbench: {self.name} sparsity={self.config.sparsity}: {reason}", file=sys.stderr)
-            return [self.record(cell, status=reason, steps=changed.steps) for _, cell in batch]
+            return [self.record(cell, status=reason, steps=changed.steps) for _, cell in batch], []
 
     def measured(self, clip: Clip, dense: Tensor, prompt: str) -> dict[str, Any]:
         """Fidelity to the dense frames, quality by the model's own checks, and the counted densities."""
@@ -246,37 +252,34 @@ class Job:
         digest = hashlib.sha256(clip.frames.contiguous().numpy().tobytes()).hexdigest()
         return values | {"fallback_rows": clip.fallback_rows, "frames_sha256": digest}
 
-    def record(self, cell: tuple[str, int], status: str = "ok", **values: Any) -> dict[str, Any]:
+    def record(self, cell: Cell, status: str = "ok", **values: Any) -> dict[str, Any]:
         """A record of this job's cell."""
         return records.new(
             cell_id=self.cell_id(*cell), model=self.model.name, weights_hash=self.model.weights_hash, method=self.name,
             method_settings=_plain(self.method), executor=self.executor_name, prompt=cell[0], seed=cell[1],
-            grid=list(self.model.grid), sparsity=float(self.config.sparsity), status=status,
+            grid=list(self.model.grid), sparsity=float(self.method.target), status=status,
             model_settings=self.model.settings(), dense=asdict(self.parts),
             batch=self.config.batch, **self.environment, **self.timed, **values,
         )  # fmt: skip
 
-    def show(self, number: int, cell: tuple[str, int], frames: Tensor, dense: Tensor) -> None:
+    def show(self, number: int, cell: Cell, frames: Tensor, dense: Tensor) -> None:
         """Write both videos and the side-by-side picture of a clip."""
         report.write_video(dense, self.folder / f"{number:03}_dense.mp4", self.model.fps)
         report.write_video(frames, self.folder / f"{number:03}_{self.name}.mp4", self.model.fps)
         title = {"method": self.name, "sparsity": self.config.sparsity, "prompt": cell[0], "seed": cell[1]}
         report.side_by_side(dense, frames, self.folder / f"{number:03}_side_by_side.png", title)
 
-    def diagnose(self, request: Request) -> None:
+    def diagnose(self) -> None:
         """Write output error and recalled mass by step and layer of the first clip."""
-        if not self.method.sparse:
-            return
-        first = Request(request.prompts[:1], request.seeds[:1], request.steps)
         probe = Probe(self.method, self.executor, dense_kernel.run, self.parts)
-        self.model.generate(first, probe)
+        self.model.generate(self.request, probe)
         means = {name: sum(row[name] for row in probe.rows) / len(probe.rows) for name in ("error", "mass")}
         table: dict[str, Any] = {
             "kind": "diagnostics",
-            "cell_id": self.cell_id(first.prompts[0], first.seeds[0]),
+            "cell_id": self.cell_id(self.request.prompts[0], self.request.seeds[0]),
             "method": self.name,
         }
-        table |= {"sparsity": float(self.config.sparsity), "prompt": first.prompts[0], "seed": first.seeds[0]}
+        table |= {"sparsity": self.method.sparsity, "prompt": self.request.prompts[0], "seed": self.request.seeds[0]}
         records.write(table | {"mean": means, "calls": probe.rows}, self.folder / "diagnostics.json")
         print(f"diagnostics: mean output error {means['error']:.4f}, recalled attention mass {means['mass']:.4f}")
 
@@ -290,8 +293,8 @@ class Job:
         return records.cell_id(
             {
                 "reference": self._reference_identity(), "prompt": prompt, "seed": seed, "method": self.name,
-                "settings": self.settings, "sparsity": float(config.sparsity), "dense": asdict(self.parts),
-                "executor": self.executor_name, "source": _source(type(self.method), self.executor.module.__file__),
+                "settings": self.settings, "sparsity": float(self.method.target), "dense": asdict(self.parts),
+                "executor": self.executor_name, "source": self.source,
                 "metrics": [*config.metrics, config.lpips_net], "latency": OmegaConf.to_container(config.latency),
                 "videos": bool(config.videos), "diagnostics": bool(config.diagnostics), "batch": int(config.batch),
             }
@@ -306,7 +309,7 @@ class Job:
         return {
             "model": self.model.name, "weights": self.model.weights_hash, "settings": self.model.settings(),
             "steps": self.model.steps, "device": self.environment["device"], "versions": self.environment["versions"],
-            "source": _source(type(self.model), dense_kernel.__file__),
+            "source": self.model_source,
         }  # fmt: skip
 
 
@@ -350,10 +353,26 @@ def _file(kind: type) -> Path:
     return Path(inspect.getfile(kind))
 
 
-def _source(kind: type, *more: str | None) -> str:
-    """A digest of the source of a class, its bases, and other files."""
-    files = [_file(base) for base in kind.__mro__ if base.__module__ != "builtins"]
+def _classes(method: Method) -> list[type]:
+    """The class of a method and of every method that it holds."""
+    return [
+        type(method),
+        *(kind for value in vars(method).values() if isinstance(value, Method) for kind in _classes(value)),
+    ]
+
+
+def _source(*parts: type | ModuleType) -> str:
+    """A digest of source files: of a class, its bases and the model package it may lie in; of a module or a package."""
+    files: dict[Path, None] = {}
+    for part in parts:
+        if isinstance(part, ModuleType):
+            found = Path(part.__file__ or "")
+            files |= dict.fromkeys(sorted(found.parent.glob("*.py")) if found.name == "__init__.py" else [found])
+        else:
+            for base in (base for base in part.__mro__ if base.__module__ != "builtins"):
+                own = base.__module__.count(".") > 2  # a model with a package of its own, as pocket
+                files |= dict.fromkeys(sorted(_file(base).parent.glob("*.py")) if own else [_file(base)])
     digest = hashlib.sha256()
-    for path in [*files, *(Path(name) for name in more if name)]:
+    for path in files:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

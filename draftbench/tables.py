@@ -29,10 +29,15 @@ def interval(by_prompt: dict[str, list[float]], draws: int = DRAWS, seed: int = 
     """(Mean, low, high): 95% bootstrap interval of a clip mean; prompts are resampled, then their seeds."""
     rng = np.random.default_rng(seed)
     groups = [np.array(by_prompt[prompt]) for prompt in sorted(by_prompt)]
-    means = np.empty(draws)
-    for i in range(draws):
-        picked = [groups[j] for j in rng.integers(len(groups), size=len(groups))]
-        means[i] = np.concatenate([g[rng.integers(len(g), size=len(g))] for g in picked]).mean()
+    sizes = np.array([len(group) for group in groups])
+    values = np.zeros((len(groups), sizes.max()))
+    for row, group in zip(values, groups, strict=True):
+        row[: len(group)] = group
+    prompts = rng.integers(len(groups), size=(draws, len(groups)))
+    drawn = sizes[prompts][..., None]
+    clips = (rng.random((draws, len(groups), sizes.max())) * drawn).astype(int)
+    live = np.arange(sizes.max()) < drawn  # as many clips of a prompt as it has
+    means = (values[prompts[..., None], clips] * live).sum((1, 2)) / live.sum((1, 2))
     low, high = np.quantile(means, [0.025, 0.975])
     return float(np.concatenate(groups).mean()), float(low), float(high)
 

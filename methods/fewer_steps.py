@@ -22,6 +22,12 @@ class FewerSteps(Dense):
         if not isinstance(self.like, Method):
             raise ValueError(f"method.like must be a method, got {self.like!r}")
 
+    @property
+    def target(self) -> float:
+        """See `Method.target`: the sparsity of the method whose time it takes."""
+        assert self.like is not None
+        return self.like.sparsity
+
     def prepare(self, seconds: Callable[[Method], float]) -> None:
         """See `Method.prepare`."""
         assert self.like is not None

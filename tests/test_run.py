@@ -162,7 +162,7 @@ def test_finished_cells_are_skipped_unless_forced(job, generated, capsys):
     first = job("seeds=[0,1]")
     generated.clear()
     assert job("seeds=[0,1]") == first and not generated
-    assert "2 of 2 cells were finished before; force=true runs them again" in capsys.readouterr().err
+    assert "2 of 2 cells were finished before, see" in capsys.readouterr().err
     assert records.read_all([job.folder]) == first  # the new folder has them too
     assert [row["cell_id"] for row in job("seeds=[0,1]", "force=true")] == [row["cell_id"] for row in first]
     assert [name for name, _, _ in generated] == ["Draft"]
