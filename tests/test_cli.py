@@ -28,7 +28,8 @@ def job(config, folder, group=None):
         for seed in config.seeds:
             values = dict(model=config.model.name, method=method, sparsity=config.sparsity, prompt=prompt, seed=seed)
             status = "failed: full" if prompt == "turn right" else "ok"
-            row = records.new(**values, cell_id=records.cell_id(values), device="cpu", versions={}, status=status, labels={"group": group})
+            values |= dict(cell_id=records.cell_id(values))
+            row = records.new(**values, device="cpu", versions={}, status=status, labels={"group": group})
             records.write(row, folder / f"record_{len(rows)}.json")
             rows.append(row)
     return rows
