@@ -7,7 +7,7 @@ A method decides a `Plan` for one attention call; an executor (draftbench.kernel
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -242,7 +242,7 @@ class Watch:
         return nullcontext()
 
 
-DenseKernel = Callable[[Tensor, Tensor, Tensor, Layout, Tensor], Tensor]
+DenseKernel = Callable[[Tensor, Tensor, Tensor, Layout, Sequence[int]], Tensor]
 
 
 class Session:
@@ -258,6 +258,7 @@ class Session:
         self.meter, self.watch = Meter(), watch or Watch()
         self.step, self.steps, self.timestep = 0, 1, math.inf
         self.states: dict[tuple[int, str], dict[str, Any]] = {}
+        self._read: tuple[Tensor | None, Sequence[int]] = (None, ())
 
     def start(self, clips: int) -> None:
         """Begin a new batch of `clips` clips: forget the methods' state, count anew."""
@@ -281,13 +282,19 @@ class Session:
         with self.watch.attention():
             return self._route(q, k, v, layout, text_lengths, layer, branch, seeds, head_offset)
 
+    def on_host(self, text_lengths: Tensor) -> Sequence[int]:
+        """The lengths as numbers, read once a tensor: a wait at every call would slow the dense baseline alone."""
+        if text_lengths is not self._read[0]:
+            self._read = text_lengths, text_lengths.tolist()
+        return self._read[1]
+
     def _route(
         self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, text_lengths: Tensor, layer: int, branch: str,
         seeds: tuple[int, ...], head_offset: int,
     ) -> Tensor:  # fmt: skip
         if not self.method.sparse or self.parts.covers(self.step, self.steps, self.timestep, layer):
             self.meter.add_dense(layout, text_lengths, q.shape[2])
-            return self.dense(q, k, v, layout, text_lengths)
+            return self.dense(q, k, v, layout, self.on_host(text_lengths))
         state = self.states.setdefault((layer, branch), {})
         call = Call(
             layout, self.step, self.steps, layer, branch, text_lengths, seeds, head_offset, state, self.executor,

@@ -33,7 +33,7 @@ class Probe(Session):
         sparse = super()._attend(q, k, v, call)
         kept = self._lse
         _, everything = self._plain(q, k, v, full_plan(call, q.shape[2]), call.layout)
-        dense = self.dense(q, k, v, call.layout, call.text_lengths)
+        dense = self.dense(q, k, v, call.layout, self.on_host(call.text_lengths))
         mass = (kept - everything)[..., : call.layout.video].float().exp().mean()
         error = (sparse.float() - dense.float()).norm() / dense.float().norm()
         self.rows.append(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,13 +12,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..layout import Layout
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, layout: Layout, text_lengths: Tensor) -> Tensor:
+def run(q: Tensor, k: Tensor, v: Tensor, layout: Layout, text_lengths: Sequence[int] | Tensor) -> Tensor:
     """Dense attention [B, S, H, D] over the real tokens of each item; rows of text padding come out as zero.
 
     cuDNN's kernel on a GPU, torch's flash attention on a CPU. Items of different real text lengths run one by one
     with their padding cropped, since a mask would keep the call off the fast kernels.
     """
-    lengths = (layout.video + text_lengths).tolist() if layout.text else [layout.video] * len(q)
+    text = text_lengths.tolist() if isinstance(text_lengths, Tensor) else text_lengths
+    lengths = [layout.video + n for n in text] if layout.text else [layout.video] * len(q)
     if all(length == q.shape[1] for length in lengths):
         return _attend(q, k, v)
     out = torch.zeros_like(q)
