@@ -149,12 +149,14 @@ def promote(
 ) -> Path:  # fmt: skip
     """Gather the records of run folders into out/NAME.jsonl, sorted; a cell run again keeps its last ok record.
 
-    Failed cells stay as rows that say so. Raises ValueError for no records, mixed schema versions, uncommitted code
-    (unless allow_dirty) or a bad name, and FileExistsError for a file that exists (unless force).
+    Failed cells stay as rows that say so; diagnostics go into out/NAME.diagnostics.json. Raises ValueError for no
+    records, mixed schema versions, uncommitted code (unless allow_dirty) or a bad name, and FileExistsError for a file
+    that exists (unless force).
     """
     if not name or Path(name).name != name:
         raise ValueError(f"name must be a plain file name, got {name!r}")
     target = Path(out) / f"{name.removesuffix('.jsonl')}.jsonl"
+    paths = [Path(path) for path in paths]
     records = read_all(paths)
     if not records:
         raise ValueError("no records under the given folders")
@@ -171,6 +173,13 @@ def promote(
     with replacing(target) as temporary, temporary.open("w", encoding="utf-8") as file:
         for record in sorted(last.values(), key=_order):
             file.write(json.dumps(record, sort_keys=True, allow_nan=False) + "\n")
+    notes = [path for folder in paths if folder.is_dir() for path in sorted(folder.rglob("diagnostics.json"))]
+    if notes:
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in notes]
+        found.sort(key=lambda row: (row["sparsity"], row["method"]))
+        with replacing(target.with_suffix(".diagnostics.json")) as temporary:
+            rows = ",\n".join(json.dumps(row, sort_keys=True) for row in found)
+            temporary.write_text(f"[\n{rows}\n]\n", encoding="utf-8")
     return target
 
 

@@ -9,6 +9,7 @@ them. A table never mixes devices, versions, weights or grids: it refuses.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections import defaultdict
@@ -117,6 +118,31 @@ def short(rows: list[dict[str, Any]]) -> str:
     return "\n".join(out)
 
 
+def page(source: Path, rows: list[dict[str, Any]]) -> str:
+    """The whole page of a file of records: its tables, and that of the diagnostics beside it if there are any."""
+    notes = source.with_suffix(".diagnostics.json")
+    tail = "\n" + recalled(json.loads(notes.read_text())) if notes.is_file() else ""
+    return markdown(rows, source.stem) + tail
+
+
+def recalled(notes: list[dict[str, Any]]) -> str:
+    """The table of diagnostics: output error and recalled attention mass on the dense trajectory."""
+    prompts = sorted({f"{note['prompt']} (seed {note['seed']})" for note in notes})
+    out = [
+        "## On the dense trajectory",
+        "",
+        f"Means over the active calls of one clip: {', '.join(prompts)}. error: ||O - O_sparse|| / ||O||; mass: the "
+        "share of attention that the kept blocks recall. By layer and step in results/records.",
+        "",
+        "| sparsity | method | error | mass |",
+        "|---|---|---|---|",
+    ]
+    for note in notes:
+        mean = note["mean"]
+        out.append(f"| {note['sparsity']:g} | {note['method']} | {mean['error']:.3f} | {mean['mass']:.3f} |")
+    return "\n".join(out) + "\n"
+
+
 def readme(text: str, tables: dict[str, str]) -> str:
     """`text` with what stands between each pair of markers replaced; an unknown name raises ValueError."""
 
@@ -184,7 +210,7 @@ def main(arguments: list[str]) -> int:
         print(f"--records: there are no .jsonl files in {options.records}", file=sys.stderr)
         return 2
     rows = {source.stem: records.read_all([source]) for source in sources}
-    pages = {options.out / f"{name}.md": markdown(group, name) for name, group in rows.items()}
+    pages = {options.out / f"{source.stem}.md": page(source, rows[source.stem]) for source in sources}
     if options.readme.is_file():
         tables = {name: short(group) for name, group in rows.items()}
         pages[options.readme] = readme(options.readme.read_text(), tables)

@@ -1,5 +1,6 @@
 """Tables from records: intervals, paired contrasts, what may not be mixed, and the committed ones."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -145,7 +146,7 @@ def test_the_command_writes_checks_and_says_what_is_stale(tmp_path, capsys):
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
 def test_committed_tables_are_those_of_the_committed_records(path):
     rows = records.read_all([path])
-    assert (ROOT / "results/tables" / f"{path.stem}.md").read_text() == tables.markdown(rows, path.stem)
+    assert (ROOT / "results/tables" / f"{path.stem}.md").read_text() == tables.page(path, rows)
     text = (ROOT / "README.md").read_text()
     if f"<!-- table {path.stem} -->" in text:
         assert f"<!-- table {path.stem} -->\n{tables.short(rows)}\n<!-- end -->" in text
@@ -154,3 +155,24 @@ def test_committed_tables_are_those_of_the_committed_records(path):
 def test_every_committed_table_has_records():
     assert {path.stem for path in (ROOT / "results/tables").glob("*.md")} == {path.stem for path in COMMITTED}
     assert COMMITTED
+
+
+def test_diagnostics_are_promoted_and_shown(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    records.write(row(), run / "record.json")
+    note = {"method": "draft", "sparsity": 0.5, "prompt": "a", "seed": 3, "mean": {"error": 0.25, "mass": 0.75}}
+    (run / "diagnostics.json").write_text(json.dumps(note))
+    source = records.promote([run], "some", tmp_path / "in", allow_dirty=True)
+    text = tables.page(source, records.read_all([source]))
+    assert text.startswith(tables.markdown([row()], "some"))
+    assert text.endswith("| 0.5 | draft | 0.250 | 0.750 |\n") and "a (seed 3)" in text
+
+
+def test_oracle_recalls_the_most():
+    """By construction: at equal counts nothing can recall more than the blocks with the most mass."""
+    for path in (ROOT / "results/records").glob("*.diagnostics.json"):
+        notes = json.loads(path.read_text())
+        for level in {note["sparsity"] for note in notes}:
+            masses = {note["method"]: note["mean"]["mass"] for note in notes if note["sparsity"] == level}
+            assert max(masses, key=masses.get) == "oracle" and masses["draft"] > masses["random"]
