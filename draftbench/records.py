@@ -156,8 +156,8 @@ def promote(
     if not name or Path(name).name != name:
         raise ValueError(f"name must be a plain file name, got {name!r}")
     target = Path(out) / f"{name.removesuffix('.jsonl')}.jsonl"
-    paths = [Path(path) for path in paths]
-    records = read_all(paths)
+    folders = [Path(path) for path in paths]
+    records = read_all(folders)
     if not records:
         raise ValueError("no records under the given folders")
     if len(versions := {record["schema_version"] for record in records}) > 1:
@@ -173,7 +173,7 @@ def promote(
     with replacing(target) as temporary, temporary.open("w", encoding="utf-8") as file:
         for record in sorted(last.values(), key=_order):
             file.write(json.dumps(record, sort_keys=True, allow_nan=False) + "\n")
-    notes = [path for folder in paths if folder.is_dir() for path in sorted(folder.rglob("diagnostics.json"))]
+    notes = [path for folder in folders if folder.is_dir() for path in sorted(folder.rglob("diagnostics.json"))]
     if notes:
         found = [json.loads(path.read_text(encoding="utf-8")) for path in notes]
         found.sort(key=lambda row: (row["sparsity"], row["method"]))
