@@ -6,6 +6,7 @@ A method decides a `Plan` for one attention call; an executor (draftbench.kernel
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -156,8 +157,8 @@ class Call:
     def generator(self, item: int, device: torch.device) -> torch.Generator:
         """A generator fixed by the item's seed, the step, the layer and the branch, whatever else is in the batch."""
         branch = {"cond": 0, "uncond": 1, "both": item >= len(self.seeds) // 2}[self.branch]
-        key = (((self.seeds[item] * 4096 + self.step) * 256 + self.layer) * 2 + int(branch)) % 2**62
-        return torch.Generator(device).manual_seed(key)
+        key = hashlib.sha256(repr((self.seeds[item], self.step, self.layer, int(branch))).encode()).digest()
+        return torch.Generator(device).manual_seed(int.from_bytes(key[:4], "big"))  # a CPU's takes 32 bits
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,12 @@ def part(name: str) -> Iterator[None]:
         return
     clock.inner.append(0.0)
     start = clock.now()
-    yield
-    elapsed = clock.now() - start
-    clock.total[name] += elapsed - clock.inner.pop()
-    clock.inner[-1] += elapsed
+    try:
+        yield
+    finally:
+        elapsed = clock.now() - start
+        clock.total[name] += elapsed - clock.inner.pop()
+        clock.inner[-1] += elapsed
 
 
 @contextmanager

@@ -85,7 +85,7 @@ class Config:
 
     sparsity: Annotated[float, "a number in [0, 1)", lambda x: 0 <= x < 1]
     prompts: Annotated[list[str], "a non-empty list of distinct, non-empty texts", str.strip]
-    seeds: Annotated[list[int], "a non-empty list of distinct integers from 0 to 2^63 - 1", lambda x: 0 <= x < 2**63]
+    seeds: Annotated[list[int], "a non-empty list of distinct integers from 0 to 2^31 - 1", lambda x: 0 <= x < 2**31]
     batch: Count
     device: Literal["auto", "cpu", "cuda"]
     executor: Text

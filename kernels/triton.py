@@ -41,7 +41,8 @@ def _forward(
     Q_MOVED: tl.constexpr, KV_MOVED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0) // Q_TILES
-    b, h = tl.program_id(1) // heads, tl.program_id(1) % heads
+    # 64 bits: an item's offset passes 2^31 at the largest shapes
+    b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     q_start = Q_START + b * qs_b + h * qs_h + block
     rows = tl.load(q_start) + (tl.program_id(0) % Q_TILES) * M + tl.arange(0, M)
     real = rows < tl.load(q_start + 1)

@@ -40,10 +40,12 @@ def sample(
     levels = noise_levels(steps, shift)
     x, batch = noise, len(noise)
     both = torch.cat([tokens, torch.zeros(batch, LENGTH, dtype=tokens.dtype, device=tokens.device)])
-    for i in range(steps if last_step is None else last_step):
+    for i in range(steps if last_step is None else min(steps, last_step)):
         on_step(i, levels[i])
         t = torch.full((2 * batch,), levels[i], device=x.device)
         cond, free = model(torch.cat([x, x]), t, both).float().chunk(2)
         clean = free + guidance * (cond - free)
         x = x + (x - clean) / levels[i] * (levels[i + 1] - levels[i])
+    if not x.isfinite().all():
+        raise RuntimeError("the generated frames are not finite")
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
