@@ -62,6 +62,7 @@ class Meter:
     kept: Tensor | float = 0.0
     all: Tensor | float = 0.0
     fallbacks: Tensor | float = 0.0
+    counting: bool = True  # off in timed runs on a GPU, whose dense calls have no lists to sum
     calls: int = 0
     sparse_calls: int = 0
 
@@ -70,17 +71,22 @@ class Meter:
 
     def add_dense(self, layout: Layout, text_lengths: Tensor, heads: int) -> None:
         """One dense call: every real pair is executed."""
+        self.calls += 1
+        if not self.counting:
+            return
         pairs = self._per_clip((layout.video + text_lengths.double()) ** 2 * heads)
-        self.kept, self.all, self.calls = self.kept + pairs, self.all + pairs, self.calls + 1
+        self.kept, self.all = self.kept + pairs, self.all + pairs
 
     def add_plan(self, plan: Plan, layout: Layout, text_lengths: Tensor, heads: int) -> None:
         """One executed plan, summed from its lists."""
+        self.calls, self.sparse_calls = self.calls + 1, self.sparse_calls + 1
+        if not self.counting:
+            return
         kept, video = count_pairs(plan, layout)
         real = layout.video + text_lengths.double()
         self.kept, self.video_kept = self.kept + self._per_clip(kept), self.video_kept + self._per_clip(video)
         self.all = self.all + self._per_clip(real**2 * heads)
         self.video_all = self.video_all + self._per_clip(torch.full_like(real, float(layout.video) ** 2 * heads))
-        self.calls, self.sparse_calls = self.calls + 1, self.sparse_calls + 1
         if plan.fallbacks is not None:
             self.fallbacks = self.fallbacks + self._per_clip(plan.fallbacks)
 
@@ -256,15 +262,16 @@ class Session:
         self, method: Method, executor: Executor, dense: DenseKernel, parts: DenseParts, watch: Watch | None = None
     ):
         self.method, self.executor, self.dense, self.parts = method, executor, dense, parts
-        self.meter, self.watch = Meter(), watch or Watch()
+        self.meter, self.watch, self.counting = Meter(), watch or Watch(), True
         self.step, self.steps, self.timestep = 0, 1, math.inf
         self.states: dict[tuple[int, str], dict[str, Any]] = {}
+        self.sparse_steps: set[int] = set()  # those in which the method was asked
         self._read: tuple[Tensor | None, Sequence[int]] = (None, ())
 
     def start(self, clips: int) -> None:
         """Begin a new batch of `clips` clips: forget the methods' state, count anew."""
         self.states.clear()
-        self.meter = Meter(clips)
+        self.meter = Meter(clips, counting=self.counting)
 
     def finish(self) -> None:
         """The last step is done; what follows (decoding, moving frames) is not part of a step."""
@@ -296,6 +303,7 @@ class Session:
         if not self.method.sparse or self.parts.covers(self.step, self.steps, self.timestep, layer):
             self.meter.add_dense(layout, text_lengths, q.shape[2])
             return self.dense(q, k, v, layout, self.on_host(text_lengths))
+        self.sparse_steps.add(self.step)
         state = self.states.setdefault((layer, branch), {})
         call = Call(
             layout, self.step, self.steps, layer, branch, text_lengths, seeds, head_offset, state, self.executor,

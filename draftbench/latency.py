@@ -48,21 +48,23 @@ class Timer(Watch):
     def attention(self) -> Iterator[None]:
         """See `Watch.attention`."""
         start = self._mark()
-        yield
-        self.calls[-1].append((start, self._mark()))
+        try:
+            yield
+        finally:
+            self.calls[-1].append((start, self._mark()))
 
-    def timing(self, first: int) -> Timing:
-        """The whole generation, and of each step from `first` on: all of it and its attention calls together."""
+    def timing(self) -> Timing:
+        """The whole generation, and of each step: all of it and its attention calls together."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         step = [self._ms(a, b) for a, b in zip(self.steps, self.steps[1:], strict=False)]
         attention = [sum(self._ms(a, b) for a, b in calls) for calls in self.calls]
-        return Timing([sum(step) / 1000], step[first:], attention[first:])
+        return Timing([sum(step) / 1000], step, attention)
 
 
 @dataclass
 class Timing:
-    """Seconds of whole generations; milliseconds of a step and of its attention, from the first sparse step on."""
+    """Seconds of whole generations; milliseconds of their steps one after the other, and of each step's attention."""
 
     generate_s: list[float] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
@@ -73,6 +75,12 @@ class Timing:
         self.generate_s += other.generate_s
         self.step_ms += other.step_ms
         self.attention_ms += other.attention_ms
+
+    def only(self, kept: set[int]) -> Timing:
+        """The same generations with the steps of these indices alone; with all of them if `kept` is empty."""
+        steps = len(self.step_ms) // len(self.generate_s)
+        live = [i for i in range(len(self.step_ms)) if not kept or i % steps in kept]
+        return Timing(self.generate_s, [self.step_ms[i] for i in live], [self.attention_ms[i] for i in live])
 
     def median(self, name: str) -> float:
         """The median of a field."""
@@ -90,9 +98,9 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def in_turn(runs: dict[str, Callable[[], Timing]], repeats: int) -> dict[str, Timing]:
-    """Run each `repeats` times, one after the other and not one after all, so that a drifting clock meets all alike."""
+    """Run each `repeats` times in turn, in the other direction every second time: a drifting clock meets all alike."""
     timings = {name: Timing() for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            timings[name].add(run())
+    for i in range(repeats):
+        for name in list(runs)[:: -1 if i % 2 else 1]:
+            timings[name].add(runs[name]())
     return timings

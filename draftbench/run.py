@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -95,13 +94,14 @@ class Job:
         self.executor_name = kernels.resolve(config.executor, self.model.device)
         self.executor = kernels.run(self.executor_name)
         self.parts = DenseParts(config.dense.steps, config.dense.timestep, config.dense.layers)
-        self.first_sparse = min(math.ceil(self.parts.steps * self.model.steps - 1e-9), self.model.steps - 1)
         self.environment = describe(self.model.device)
         self.source = _source(*_classes(self.method), kernels, metrics)
         self.model_source = _source(type(self.model), attention, layout, dense_kernel)
         cache = Path(config.cache).expanduser()
         self.frames, self.index = FrameCache(cache / "frames"), records.Index(cache / "cells")
         self.memo: dict[tuple[str, Request], list[Clip]] = {}
+        self.warm: set[type] = set()
+        self.sparse_steps: set[int] = set()  # of a whole generation under the method
         self.timed: dict[str, Any] = {}
         self.baseline: dict[str, Any] | None = None  # the dense timing of this process, as a record
         self.request = Request((self.prompts[0],), (int(config.seeds[0]),), self.model.steps)
@@ -149,10 +149,9 @@ class Job:
         runs: dict[str, Callable[[], Timing]] = {"dense": lambda: self.time(Dense(), self.request)}
         if self.name != "dense":
             runs[self.name] = lambda: self.time(self.method, self.method.request(self.request))
-        for method in (Dense(), self.method):  # load, compile and pick kernels before the clock runs
-            self.generate(method, self.request, Watch(), DenseParts(0), last_step=1)
         timings = in_turn(runs, self.config.latency.repeats)
-        dense, mine = timings["dense"], timings[self.name]
+        # A step is one in which the method was active, for dense too; whole generations hold every step.
+        dense, mine = timings["dense"].only(self.sparse_steps), timings[self.name].only(self.sparse_steps)
         self.timed = {
             "generate_s": mine.median("generate_s"), "step_ms": mine.median("step_ms"),
             "attention_ms": mine.median("attention_ms"),
@@ -173,24 +172,35 @@ class Job:
         records.write(self.baseline, self.folder / "baseline.json")
 
     def time(self, method: Method, request: Request) -> Timing:
-        """One whole generation, timed; its clips are kept for the batch that asks for the same."""
-        timer = Timer(self.model.device)
-        self.memo[repr(method), request] = self.generate(method, request, timer, self.parts)
-        return timer.timing(min(self.first_sparse, request.steps - 1))
+        """One whole generation, timed, after a warm-up the first time: load, compile and pick kernels off the clock.
+
+        On a GPU nothing is counted meanwhile; on a CPU the clips are kept for the batch that asks for the same, since
+        making them again would cost more than counting does.
+        """
+        if type(method) not in self.warm:
+            self.warm.add(type(method))
+            self.generate(method, self.request, Watch(), DenseParts(0), last_step=1)
+        timer, cuda = Timer(self.model.device), self.model.device.type == "cuda"
+        clips = self.generate(method, request, timer, self.parts, counting=not cuda)
+        if not cuda:
+            self.memo[repr(method), request] = clips
+        return timer.timing()
 
     def parts_ms(self) -> dict[str, float]:
         """Milliseconds of one sparse step's attention by part, in a pass of its own; "rest" is what no part covers."""
         with collect(self.model.device) as parts:
             timer = Timer(self.model.device)
             self.generate(self.method, self.request, timer, DenseParts(0), last_step=1)
-        total = timer.timing(0).attention_ms[0]
+        total = timer.timing().attention_ms[0]
         return {**parts, "rest": total - sum(parts.values())}
 
     def generate(
-        self, method: Method, request: Request, watch: Watch, parts: DenseParts, last_step: int | None = None
-    ) -> list[Clip]:
+        self, method: Method, request: Request, watch: Watch, parts: DenseParts, last_step: int | None = None,
+        counting: bool = True,
+    ) -> list[Clip]:  # fmt: skip
         """Generate `request` under a method and count its pairs."""
         session = Session(method, self.executor, dense_kernel.run, parts, watch)
+        session.counting = counting
         if last_step is None:
             session.watch = Progress(watch, request.steps, type(method).__name__.lower())
         try:
@@ -198,6 +208,8 @@ class Job:
         finally:
             if isinstance(session.watch, Progress):
                 session.watch.bar.close()
+        if method is self.method and last_step is None:
+            self.sparse_steps = session.sparse_steps
         return [Clip(*clip) for clip in zip(video, *_counts(session.meter), strict=True)] if last_step is None else []
 
     def clips(self, method: Method, request: Request) -> list[Clip]:
@@ -273,6 +285,9 @@ class Job:
         """Write output error and recalled mass by step and layer of the first clip."""
         probe = Probe(self.method, self.executor, dense_kernel.run, self.parts)
         self.model.generate(self.request, probe)
+        if not probe.rows:
+            print("diagnostics: every call was dense, so there is nothing to tell", file=sys.stderr)
+            return
         means = {name: sum(row[name] for row in probe.rows) / len(probe.rows) for name in ("error", "mass")}
         table: dict[str, Any] = {
             "kind": "diagnostics",

@@ -49,12 +49,15 @@ def test_a_timer_tells_steps_from_attention_and_from_what_comes_after(clock):
                 clock(ms)
     timer.finish()
     clock(1000)  # decoding
-    timing = timer.timing(0)
+    timing = timer.timing()
     assert timing.step_ms == pytest.approx([23, 43, 63]) and timing.attention_ms == pytest.approx([3, 3, 3])
     assert timing.generate_s == pytest.approx([0.129])
-    later = timer.timing(1)
+    later = timing.only({1, 2})
     assert later.step_ms == pytest.approx([43, 63]) and len(later.attention_ms) == 2
     assert later.generate_s == timing.generate_s
+    assert timing.only(set()) == timing
+    twice = Timing([1.0, 2.0], [1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]).only({1})
+    assert twice == Timing([1.0, 2.0], [2.0, 4.0], [6.0, 8.0])
 
 
 def test_a_session_times_every_attention_call():
@@ -69,7 +72,7 @@ def test_a_session_times_every_attention_call():
             session(q, q, q, layout=layout, text_lengths=lengths, layer=layer, branch="cond", seeds=(0,))
     session.finish()
     assert [len(calls) for calls in timer.calls] == [3, 3]
-    timing = timer.timing(0)
+    timing = timer.timing()
     assert all(0 < a <= s for a, s in zip(timing.attention_ms, timing.step_ms, strict=True))
     assert sum(timing.step_ms) == pytest.approx(1000 * timing.generate_s[0])
 
@@ -81,7 +84,7 @@ def test_runs_take_turns():
         return lambda: order.append(name) or Timing([seconds], [1.0, 3.0], [0.5])
 
     timings = in_turn({"dense": runner("dense", 2.0), "draft": runner("draft", 1.0)}, 3)
-    assert order == ["dense", "draft"] * 3
+    assert order == ["dense", "draft", "draft", "dense", "dense", "draft"]
     assert timings["dense"].generate_s == [2.0] * 3 and timings["draft"].step_ms == [1.0, 3.0] * 3
 
 

@@ -31,10 +31,10 @@ def generated(monkeypatch):
     """(method, seeds, timed) of every whole generation."""
     seen, original = [], run.Job.generate
 
-    def spy(self, method, request, watch, parts, last_step=None):
+    def spy(self, method, request, watch, parts, last_step=None, counting=True):
         if last_step is None:
             seen.append((type(method).__name__, request.seeds, type(watch).__name__ == "Timer"))
-        return original(self, method, request, watch, parts, last_step)
+        return original(self, method, request, watch, parts, last_step, counting)
 
     monkeypatch.setattr(run.Job, "generate", spy)
     return seen
@@ -337,3 +337,16 @@ def test_wrong_prompts_are_refused_before_any_work(job, generated):
     with pytest.raises(ValueError, match=r"words pocket does not know: \['fly'\]"):
         job("prompts=[turn left, fly]")
     assert not generated and not list(job.folder.iterdir())
+
+
+def test_steps_are_those_in_which_the_method_was_active(job):
+    (row,) = job(
+        "model.steps=4", "dense.timestep=400", "latency.enabled=true"
+    )  # dense until the noise level is under .4
+    assert row["latency"]["method"]["step_ms"]["n"] == row["latency"]["dense"]["step_ms"]["n"] < 3
+
+
+def test_a_job_without_a_sparse_call_is_measured_all_the_same(job):
+    (row,) = job("dense.steps=1", "diagnostics=true", "latency.enabled=true")
+    assert row["status"] == "ok" and row["psnr_db"] == 100 and row["sparsity_achieved"] == 0
+    assert row["latency"]["method"]["step_ms"]["n"] == row["steps"]
