@@ -72,7 +72,10 @@ def _from_git() -> dict[str, Any] | None:
     found = (_git("rev-parse", "--show-toplevel", "HEAD") or "").split("\n")
     if not _project() or len(found) < 2 or Path(found[0]).resolve() != root:
         return None
-    return {"commit": found[1], "dirty": _git("status", "--porcelain", "--untracked-files=no") != ""}
+    changed = _git("status", "--porcelain", "--untracked-files=no") != ""
+    ours = ("draftbench", "methods", "kernels", "conf")  # where a new file takes part in what is run
+    new = (_git("ls-files", "--others", "--exclude-standard", "--", *ours) or "").splitlines()
+    return {"commit": found[1], "dirty": changed or any(name.endswith((".py", ".yaml")) for name in new)}
 
 
 def _git(*arguments: str) -> str | None:

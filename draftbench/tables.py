@@ -22,7 +22,10 @@ from . import records
 
 DRAWS = 2000
 METRICS = ("psnr_db", "ssim", "lpips")
-SAME = ("device", "versions", "weights_hash", "grid", "model", "commit")
+SAME = (
+    "device", "versions", "weights_hash", "grid", "model", "model_settings", "dense", "executor", "batch", "commit",
+)  # fmt: skip
+ALIKE = ("method_settings", "steps")  # within a method at a sparsity
 CONTRASTS = ("random", "draft")
 
 
@@ -46,9 +49,18 @@ def interval(by_prompt: dict[str, list[float]], draws: int = DRAWS, seed: int = 
 def check_same(rows: list[dict[str, Any]], source: str) -> None:
     """Raise ValueError, naming the field, if rows that share a table differ in what must be the same."""
     for name in SAME:
-        values = {repr(row[name]) for row in rows}
+        values = {repr(row.get(name)) for row in rows}
         if len(values) > 1:
             raise ValueError(f"{source}: rows with different {name} share no table: {', '.join(sorted(values))}")
+    for name in ALIKE:
+        found: dict[tuple[str, float], set[str]] = defaultdict(set)
+        for row in rows:
+            found[row["method"], row["sparsity"]].add(repr(row.get(name)))
+        for (method, sparsity), values in found.items():
+            if len(values) > 1:
+                raise ValueError(
+                    f"{source}: {method} at {sparsity:g} has different {name}: {', '.join(sorted(values))}"
+                )
 
 
 def markdown(rows: list[dict[str, Any]], source: str) -> str:

@@ -63,6 +63,9 @@ def test_git_tells_the_commit_and_tracked_changes(tree):
     (tree / "new.txt").touch()
     assert not commit(tree, **PATH)["dirty"]
     assert commit(tree, GIT_DIR="/nowhere", GIT_INDEX_FILE="/nowhere", **PATH)["commit"] == head
+    (tree / "methods" / "new.py").touch()  # a method that the commit does not have
+    assert commit(tree, **PATH) == {"commit": head, "dirty": True}
+    (tree / "methods" / "new.py").unlink()
     (tree / "methods" / "__init__.py").write_text("x = 1\n")
     assert commit(tree, **PATH) == {"commit": head, "dirty": True}
 
