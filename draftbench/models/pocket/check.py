@@ -43,23 +43,23 @@ class Settings:
 
 
 def rendered(seed: int, each: int, workers: int) -> tuple[Tensor, Tensor]:
-    """`each` clips of every scene, uint8 [N, FRAMES, 3, HEIGHT, WIDTH], and labels (motion, scene) [N, 2]."""
-    context, share = mp.get_context("spawn"), -(-each * len(SCENES) // workers)
-    per_scene = -(-each // max(1, workers // len(SCENES)))
-    slots = max(share, per_scene) + 1
-    video = torch.zeros(workers * slots, FRAMES, 3, HEIGHT, WIDTH, dtype=torch.uint8).share_memory_()
-    labels = torch.full((workers * slots, 2), -1).share_memory_()
-    count = torch.zeros(workers, dtype=torch.long).share_memory_()
+    """At least `each` clips of every scene, uint8 [N, FRAMES, 3, HEIGHT, WIDTH], and labels (motion, scene) [N, 2]."""
+    context, teams = mp.get_context("spawn"), max(1, workers // len(SCENES))
+    count = torch.zeros(teams * len(SCENES), dtype=torch.long).share_memory_()
+    share = -(-each // teams)
+    video = torch.zeros(len(count) * share, FRAMES, 3, HEIGHT, WIDTH, dtype=torch.uint8).share_memory_()
+    labels = torch.zeros(len(video), 2, dtype=torch.long).share_memory_()
     jobs = [
-        context.Process(target=render, args=(i, seed, [i % len(SCENES)], per_scene, video, labels, count))
-        for i in range(workers // len(SCENES) * len(SCENES))
+        context.Process(target=render, args=(i, seed, [i % len(SCENES)], share, video, labels, count))
+        for i in range(len(count))
     ]
     for job in jobs:
         job.start()
     for job in jobs:
         job.join()
-    made = labels[:, 0] >= 0
-    return video[made], labels[made]
+    if any(job.exitcode for job in jobs):
+        raise RuntimeError("a rendering process died; is vizdoom installed?")
+    return video, labels
 
 
 def check(settings: Settings) -> dict[str, object]:
