@@ -259,10 +259,11 @@ class Session:
     """
 
     def __init__(
-        self, method: Method, executor: Executor, dense: DenseKernel, parts: DenseParts, watch: Watch | None = None
-    ):
+        self, method: Method, executor: Executor, dense: DenseKernel, parts: DenseParts, watch: Watch | None = None,
+        counting: bool = True,
+    ):  # fmt: skip
         self.method, self.executor, self.dense, self.parts = method, executor, dense, parts
-        self.meter, self.watch, self.counting = Meter(), watch or Watch(), True
+        self.meter, self.watch, self.counting = Meter(), watch or Watch(), counting
         self.step, self.steps, self.timestep = 0, 1, math.inf
         self.states: dict[tuple[int, str], dict[str, Any]] = {}
         self.sparse_steps: set[int] = set()  # those in which the method was asked

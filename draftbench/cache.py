@@ -28,9 +28,9 @@ class FrameCache:
             return None
         try:
             with safetensors.safe_open(path, "pt") as file:
-                frames, digest = file.get_tensor("frames").clone(), (file.metadata() or {}).get("sha256")
+                frames, wanted = file.get_tensor("frames").clone(), (file.metadata() or {}).get("sha256")
             check_frames(frames, frames)
-            if digest != _digest(frames):
+            if wanted != digest(frames):
                 raise ValueError("its checksum does not match")
         except (OSError, ValueError, TypeError, safetensors.SafetensorError) as error:
             warnings.warn(f"cached frames {path} are damaged ({error}); they will be made again", stacklevel=2)
@@ -43,7 +43,7 @@ class FrameCache:
         """Keep `frames`, uint8 [T, 3, h, w], under `key`; raises OSError naming the file if it cannot be written."""
         check_frames(frames, frames)
         frames = frames.cpu().contiguous()
-        data = safetensors.torch.save({"frames": frames}, {"sha256": _digest(frames)})
+        data = safetensors.torch.save({"frames": frames}, {"sha256": digest(frames)})
         with replacing(self._path(key)) as temporary:
             temporary.write_bytes(data)
 
@@ -53,5 +53,6 @@ class FrameCache:
         return self.folder / f"{key}.safetensors"
 
 
-def _digest(frames: Tensor) -> str:
-    return hashlib.sha256(frames.numpy().tobytes()).hexdigest()
+def digest(frames: Tensor) -> str:
+    """SHA-256 of the values of frames on the CPU."""
+    return hashlib.sha256(frames.contiguous().numpy().tobytes()).hexdigest()

@@ -22,31 +22,26 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import attention, kernels, layout, metrics, records, report, schema
-from .attention import DenseParts, Meter, Method, Request, Session, Watch
-from .cache import FrameCache
+from .attention import DenseParts, Method, Request, Session, Watch
+from .cache import FrameCache, digest
 from .diagnostics import Probe
 from .environment import describe
 from .kernels import dense as dense_kernel
 from .latency import Timer, Timing, in_turn
 from .methods.dense import Dense
-from .metrics.lpips import lpips, weights_path
+from .metrics.lpips import lpips
 from .metrics.psnr import psnr_db
 from .metrics.ssim import ssim
-from .models import Model
 from .parts import collect
 from .tracking import Tracker
 
 
-def build(config: DictConfig) -> tuple[Model, Method]:
-    """The model and the method of a composed config; weights are not loaded yet. Errors name the key that is wrong."""
-    return schema.model(config), schema.method(config)
-
-
 def job(config: DictConfig, folder: Path, group: str | None = None) -> list[dict[str, Any]]:
-    """Run every prompt and seed of `config`; records, videos and pictures go into `folder`. Returns the records.
+    """Run every prompt and seed of a config that schema.check has passed; all that is made goes into `folder`.
 
-    A batch that fails becomes records with its reason; what was finished before stays. Raises ValueError,
-    FileNotFoundError, RuntimeError or OSError for what is wrong before the work starts, or if records can't be written.
+    Returns the records. A batch that fails becomes records with its reason; what was finished before stays. Raises
+    ValueError, FileNotFoundError, RuntimeError or OSError for what is wrong before the work starts, or if records can't
+    be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     work = Job(config, folder)
@@ -58,10 +53,8 @@ def job(config: DictConfig, folder: Path, group: str | None = None) -> list[dict
         rows = work.run()
         tracker.log_rows(rows)
         if config.videos:
-            videos, pictures = (
-                {path.stem: path for path in sorted(folder.glob(f"*.{kind}"))} for kind in ("mp4", "png")
-            )
-            tracker.log_files(videos, pictures)
+            kinds = (sorted(folder.glob(pattern)) for pattern in ("*.mp4", "*.png"))
+            tracker.log_files(*({path.stem: path for path in paths} for paths in kinds))
     print(report.table(rows if work.name == "dense" or not work.baseline else [work.baseline, *rows]))
     print(f"records, videos and pictures: {folder}")
     return rows
@@ -85,12 +78,9 @@ class Job:
 
     def __init__(self, config: DictConfig, folder: Path):
         self.config, self.folder = config, folder
-        self.model, self.method = build(config)
+        self.model, self.method = schema.check_job(config), schema.method(config)
+        self.cuda = self.model.device.type == "cuda"
         self.name, self.settings = _file(type(self.method)).stem, _plain(self.method)  # before it measures any
-        self.prompts = [config.prompts] if isinstance(config.prompts, str) else list(config.prompts)
-        self.model.check(self.prompts)
-        if "lpips" in config.metrics:
-            weights_path(config.lpips_net)
         self.executor_name = kernels.resolve(config.executor, self.model.device)
         self.executor = kernels.run(self.executor_name)
         self.parts = DenseParts(config.dense.steps, config.dense.timestep, config.dense.layers)
@@ -104,11 +94,11 @@ class Job:
         self.sparse_steps: set[int] = set()  # of a whole generation under the method
         self.timed: dict[str, Any] = {}
         self.baseline: dict[str, Any] | None = None  # the dense timing of this process, as a record
-        self.request = Request((self.prompts[0],), (int(config.seeds[0]),), self.model.steps)
+        self.request = Request((config.prompts[0],), (int(config.seeds[0]),), self.model.steps)
 
     def run(self) -> list[dict[str, Any]]:
         """Skip what is finished, time the first clip, then generate and measure batch by batch."""
-        cells = [(prompt, int(seed)) for prompt in self.prompts for seed in self.config.seeds]
+        cells = [(prompt, int(seed)) for prompt in self.config.prompts for seed in self.config.seeds]
         rows, waiting = [], []
         for number, cell in enumerate(cells):
             done = None if self.config.force else self.index.find(self.cell_id(*cell))
@@ -179,10 +169,10 @@ class Job:
         """
         if type(method) not in self.warm:
             self.warm.add(type(method))
-            self.generate(method, self.request, Watch(), DenseParts(0), last_step=1)
-        timer, cuda = Timer(self.model.device), self.model.device.type == "cuda"
-        clips = self.generate(method, request, timer, self.parts, counting=not cuda)
-        if not cuda:
+            self.sparse_step(method, Watch())
+        timer = Timer(self.model.device)
+        clips = self.generate(method, request, timer, counting=not self.cuda)
+        if not self.cuda:
             self.memo[repr(method), request] = clips
         return timer.timing()
 
@@ -190,32 +180,31 @@ class Job:
         """Milliseconds of one sparse step's attention by part, in a pass of its own; "rest" is what no part covers."""
         with collect(self.model.device) as parts:
             timer = Timer(self.model.device)
-            self.generate(self.method, self.request, timer, DenseParts(0), last_step=1)
+            self.sparse_step(self.method, timer)
         total = timer.timing().attention_ms[0]
         return {**parts, "rest": total - sum(parts.values())}
 
-    def generate(
-        self, method: Method, request: Request, watch: Watch, parts: DenseParts, last_step: int | None = None,
-        counting: bool = True,
-    ) -> list[Clip]:  # fmt: skip
+    def generate(self, method: Method, request: Request, watch: Watch, counting: bool = True) -> list[Clip]:
         """Generate `request` under a method and count its pairs."""
-        session = Session(method, self.executor, dense_kernel.run, parts, watch)
-        session.counting = counting
-        if last_step is None:
-            session.watch = Progress(watch, request.steps, type(method).__name__.lower())
-        try:
-            video = self.model.generate(request, session, last_step)
-        finally:
-            if isinstance(session.watch, Progress):
-                session.watch.bar.close()
-        if method is self.method and last_step is None:
+        with tqdm(total=request.steps, desc=type(method).__name__.lower(), leave=False) as bar:
+            watch = Progress(watch, bar)
+            session = Session(method, self.executor, dense_kernel.run, self.parts, watch, counting)
+            video = self.model.generate(request, session)
+        if method is self.method:
             self.sparse_steps = session.sparse_steps
-        return [Clip(*clip) for clip in zip(video, *_counts(session.meter), strict=True)] if last_step is None else []
+        meter = session.meter
+        counts = (meter.sparsity(), meter.density(), meter.fallback_rows())
+        return [Clip(*clip) for clip in zip(video, *counts, strict=True)]
+
+    def sparse_step(self, method: Method, watch: Watch) -> None:
+        """The first step of the first clip, with no call kept dense."""
+        session = Session(method, self.executor, dense_kernel.run, DenseParts(0), watch)
+        self.model.generate(self.request, session, last_step=1)
 
     def clips(self, method: Method, request: Request) -> list[Clip]:
         """As `generate`, unless the timing pass has just made the same."""
         found = self.memo.get((repr(method), request))
-        return found or self.generate(method, request, Watch(), self.parts)
+        return found or self.generate(method, request, Watch())
 
     def reference(self, request: Request) -> list[Tensor]:
         """The dense frames, from the cache if every clip of the batch is there."""
@@ -233,13 +222,12 @@ class Job:
         prompts, seeds = zip(*(cell for _, cell in batch), strict=True)
         request = Request(prompts, seeds, self.model.steps)
         changed = self.method.request(request)
-        cuda = self.model.device.type == "cuda"
         try:
             reference = self.reference(request)
-            if cuda:
+            if self.cuda:
                 torch.cuda.reset_peak_memory_stats()
             made = self.clips(self.method, changed)
-            peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+            peak = torch.cuda.max_memory_allocated() / 2**30 if self.cuda else None
             rows = []
             for (_, cell), clip, dense in zip(batch, made, reference, strict=True):
                 values = self.measured(clip, dense, cell[0])
@@ -261,8 +249,7 @@ class Job:
         if quality is not None:
             values["quality"] = {"method": quality(clip.frames, prompt), "dense": quality(dense, prompt)}
         values |= {"sparsity_achieved": clip.sparsity, "density_effective": clip.density}
-        digest = hashlib.sha256(clip.frames.contiguous().numpy().tobytes()).hexdigest()
-        return values | {"fallback_rows": clip.fallback_rows, "frames_sha256": digest}
+        return values | {"fallback_rows": clip.fallback_rows, "frames_sha256": digest(clip.frames)}
 
     def record(self, cell: Cell, status: str = "ok", **values: Any) -> dict[str, Any]:
         """A record of this job's cell."""
@@ -289,13 +276,12 @@ class Job:
             print("diagnostics: every call was dense, so there is nothing to tell", file=sys.stderr)
             return
         means = {name: sum(row[name] for row in probe.rows) / len(probe.rows) for name in ("error", "mass")}
-        table: dict[str, Any] = {
-            "kind": "diagnostics",
-            "cell_id": self.cell_id(self.request.prompts[0], self.request.seeds[0]),
-            "method": self.name,
-        }
-        table |= {"sparsity": self.method.sparsity, "prompt": self.request.prompts[0], "seed": self.request.seeds[0]}
-        records.write(table | {"mean": means, "calls": probe.rows}, self.folder / "diagnostics.json")
+        (prompt,), (seed,) = self.request.prompts, self.request.seeds
+        note = {
+            "kind": "diagnostics", "cell_id": self.cell_id(prompt, seed), "method": self.name,
+            "sparsity": self.method.sparsity, "prompt": prompt, "seed": seed, "mean": means, "calls": probe.rows,
+        }  # fmt: skip
+        records.write(note, self.folder / "diagnostics.json")
         print(f"diagnostics: mean output error {means['error']:.4f}, recalled attention mass {means['mass']:.4f}")
 
     def path(self, number: int, total: int) -> Path:
@@ -331,8 +317,8 @@ class Job:
 class Progress(Watch):
     """A progress bar of steps around another watch."""
 
-    def __init__(self, inner: Watch, steps: int, name: str):
-        self.inner, self.bar = inner, tqdm(total=steps, desc=name, leave=False)
+    def __init__(self, inner: Watch, bar: tqdm):
+        self.inner, self.bar = inner, bar
 
     def step(self, index: int) -> None:
         """See `Watch.step`."""
@@ -356,10 +342,6 @@ def _keep(otherwise: str, write: Callable[[], None]) -> None:
         print(f"draftbench: {otherwise}: {error.strerror or error}", file=sys.stderr)
 
 
-def _counts(meter: Meter) -> tuple[list[float], list[float], list[int]]:
-    return meter.sparsity(), meter.density(), meter.fallback_rows()
-
-
 def _plain(method: Method) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(method).items()}
 
@@ -370,10 +352,8 @@ def _file(kind: type) -> Path:
 
 def _classes(method: Method) -> list[type]:
     """The class of a method and of every method that it holds."""
-    return [
-        type(method),
-        *(kind for value in vars(method).values() if isinstance(value, Method) for kind in _classes(value)),
-    ]
+    held = [value for value in vars(method).values() if isinstance(value, Method)]
+    return [type(method), *(kind for inner in held for kind in _classes(inner))]
 
 
 def _source(*parts: type | ModuleType) -> str:

@@ -31,10 +31,9 @@ def generated(monkeypatch):
     """(method, seeds, timed) of every whole generation."""
     seen, original = [], run.Job.generate
 
-    def spy(self, method, request, watch, parts, last_step=None, counting=True):
-        if last_step is None:
-            seen.append((type(method).__name__, request.seeds, type(watch).__name__ == "Timer"))
-        return original(self, method, request, watch, parts, last_step, counting)
+    def spy(self, method, request, watch, counting=True):
+        seen.append((type(method).__name__, request.seeds, type(watch).__name__ == "Timer"))
+        return original(self, method, request, watch, counting)
 
     monkeypatch.setattr(run.Job, "generate", spy)
     return seen
@@ -43,7 +42,7 @@ def generated(monkeypatch):
 def frames(config, folder, seeds):
     """The clips of a job's model and method, of several seeds in one batch."""
     work = run.Job(config, folder)
-    changed = work.method.request(Request((work.prompts[0],) * len(seeds), seeds, work.model.steps))
+    changed = work.method.request(Request((work.config.prompts[0],) * len(seeds), seeds, work.model.steps))
     return [clip.frames for clip in work.clips(work.method, changed)]
 
 
