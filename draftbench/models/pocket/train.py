@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -70,6 +71,7 @@ class Settings:
 def render(worker: int, seed: int, scenes: list[int], limit: int, video: Tensor, labels: Tensor, count: Tensor) -> None:
     """Fill this worker's slots of a shared ring; `limit` clips a scene, or endlessly if 0."""
     torch.set_num_threads(1)
+    os.chdir(tempfile.mkdtemp())  # ViZDoom writes where it runs, and fails where two of its processes start at once
     slots = len(video) // len(count)
     while True:
         for scene in scenes:
