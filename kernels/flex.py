@@ -48,7 +48,8 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, layout: Layout) -> tuple[Te
         filled = [x.transpose(1, 2) for x in (ordered.q(q), ordered.kv(k), ordered.kv(v))]
         held = real_keys(plan, q.shape[2], plan.kv_block)
         if ordered.even:
-            lists = (torch.zeros_like(plan.counts), plan.blocks, plan.counts, plan.blocks)
+            none = plan.blocks.new_zeros(()).expand_as(plan.blocks)  # a list of its own: inductor mixes up shared ones
+            lists = (torch.zeros_like(plan.counts), none, plan.counts, plan.blocks)
         else:
             lists = split(plan.counts, plan.blocks, held, plan.kv_block)
         width = held.shape[-1]  # FlexAttention takes lists as wide as there are key blocks
@@ -60,11 +61,11 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, layout: Layout) -> tuple[Te
         (filled[0].shape[2], filled[1].shape[2]), compute_q_blocks=False,
     )  # fmt: skip
     if q.device.type == "cpu":
-        out = _compiled()(*filled, block_mask=mask)
+        out = _attend(*filled, block_mask=mask)
         lse = torch.full(out.shape[:3], torch.nan, dtype=torch.float32)
     else:
         options = {"FORCE_USE_FLEX_ATTENTION": True, **_tiles(plan)}
-        out, lse = _compiled()(*filled, block_mask=mask, return_lse=True, kernel_options=options)
+        out, lse = _attend(*filled, block_mask=mask, return_lse=True, kernel_options=options)
     with part("restore"):
         return ordered.restore(out.transpose(1, 2), lse)
 
@@ -88,6 +89,12 @@ def _keep_real(held: Tensor, block: int) -> Callable[[Tensor, Tensor, Tensor, Te
         return kv % block < held[b, h, kv // block]
 
     return keep
+
+
+def _attend(*args: Any, **kwargs: Any) -> Any:
+    """Compiled flex_attention; uncompiled it would hold S x S scores, which is what torch does past the limit."""
+    with torch._dynamo.config.patch(recompile_limit=1024, fail_on_recompile_limit_hit=True):
+        return _compiled()(*args, **kwargs)
 
 
 @functools.cache
