@@ -12,12 +12,12 @@ import importlib.util
 import os
 
 import torch
+from draftbench.kernels import fa4, operators
+from draftbench.kernels.operators import NAMES
 from torch import Tensor
 
 from ..attention import Plan
 from ..layout import Layout
-from . import fa4, operators
-from .operators import NAMES
 
 
 def resolve(name: str, device: torch.device) -> str:

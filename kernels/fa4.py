@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from draftbench.kernels.padded import Ordered, pieces, real_keys, split
 from torch import Tensor
 
 from ..attention import Plan
 from ..layout import Layout
 from ..parts import part
-from .padded import Ordered, pieces, real_keys, split
 
 TILE = 128
 HEAD_DIMS = (64, 128)
@@ -94,8 +94,8 @@ def _mask() -> Callable[..., Any]:
         head: cute.TensorSSA,
         m_idx: cute.TensorSSA,
         n_idx: cute.TensorSSA,
-        seqlen_info,  # noqa: ANN001
-        aux_tensors,  # noqa: ANN001
+        seqlen_info: Any,
+        aux_tensors: Any,
     ) -> cute.TensorSSA:
         size = utils.scalar_to_ssa(tile, cutlass.Int32)
         where = n_idx // size

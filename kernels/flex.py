@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from draftbench.kernels.padded import Ordered, real_keys, split
 from torch import Tensor
 
 from ..attention import Plan
 from ..layout import Layout
 from ..parts import part
-from .padded import Ordered, real_keys, split
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -56,24 +56,23 @@ class Ordered:
         self.even, self.layout = even(plan, layout, batch), layout
         self.lengths = plan.q_offsets[:, 0, -1]
         orders = [permutation(order, layout, device) for order in (plan.q_order, plan.kv_order)]
-        if self.even:
-            self.tokens, self.real = orders, [None, None]
-            return
-        sides = ((plan.q_offsets, orders[0], plan.q_block), (plan.kv_offsets, orders[1], plan.kv_block))
-        found = [places(*side) for side in sides]
-        self.tokens, self.real = [x[0] for x in found], [x[1] for x in found]
+        self.q_tokens, self.kv_tokens = orders
+        self.real: Tensor | None = None
+        if not self.even:
+            self.q_tokens, self.real = places(plan.q_offsets, orders[0], plan.q_block)
+            self.kv_tokens, _ = places(plan.kv_offsets, orders[1], plan.kv_block)
 
     def q(self, x: Tensor) -> Tensor:
         """Queries [B, S, H, D] -> [B, places, H, D]."""
-        return x if self.tokens[0] is None else take(x, self.tokens[0])
+        return x if self.q_tokens is None else take(x, self.q_tokens)
 
     def kv(self, x: Tensor) -> Tensor:
         """Keys or values [B, S, H, D] -> [B, places, H, D]."""
-        return x if self.tokens[1] is None else take(x, self.tokens[1])
+        return x if self.kv_tokens is None else take(x, self.kv_tokens)
 
     def restore(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         """Output [B, places, H, D] and LSE [B, H, places] to tokens; text padding gives zero and -inf."""
-        tokens, real, length = self.tokens[0], self.real[0], self.layout.length
+        tokens, real, length = self.q_tokens, self.real, self.layout.length
         if tokens is None:
             return out, lse
         slots = tokens if real is None else torch.where(real, tokens, length)  # padding goes to a slot behind the end

@@ -141,7 +141,8 @@ class PocketDiT(nn.Module):
         d, pixels = config.width, 3 * config.patch**2
         self.attend: Attend = dense
         self.project, self.finish = Block.project, Block.finish
-        self.whole, self.handles = Block.whole, list[Tensor]()  # used in place of the three above while there are handles
+        self.whole = Block.whole  # in place of the three above while there are handles
+        self.handles: list[Tensor] = []
         self.inp = nn.Linear(3 * (config.patch + 2 * config.margin) ** 2, d)
         self.words = nn.Embedding(len(WORDS), d)
         self.order = nn.Parameter(torch.randn(LENGTH, d) * 0.02)
