@@ -29,7 +29,9 @@ def lists(q_blocks, kv_blocks, batch, heads, density, seed):
     mask[..., -1, :] = False
     mask[..., -1, 0] = True
     counts = mask.sum(-1, dtype=torch.int32)
-    return counts.to(DEVICE), (~mask).to(torch.int8).argsort(dim=-1, stable=True).int().to(DEVICE)
+    blocks = (~mask).to(torch.int8).argsort(dim=-1, stable=True).int()
+    blocks[torch.arange(kv_blocks) >= counts[..., None]] = 2**30  # never read
+    return counts.to(DEVICE), blocks.to(DEVICE)
 
 
 def box_plan(layout, text, box, heads, density=0.3):
@@ -146,6 +148,7 @@ def test_full_lists_are_dense():
     layout, lengths, q, k, v, plan = inputs(*CASES["ragged_all"], torch.float32)
     plan = box_plan(layout, lengths, Box(2, 4, 8), 2, density=2.0)
     plan.counts[:] = plan.blocks.shape[-1]
+    plan.blocks[:] = torch.arange(plan.blocks.shape[-1], device=DEVICE)
     from draftbench.kernels import dense
 
     expected = dense.run(q, k, v, layout, lengths)
@@ -222,14 +225,13 @@ GRIDS = {
     "even": (4, 16, 32), "ragged_t": (5, 16, 32), "ragged_h": (4, 17, 32), "ragged_w": (4, 16, 37),
     "one_frame": (1, 16, 32), "one_block": (2, 4, 8),
 }  # fmt: skip
+BOXES = {64: Box(2, 4, 8), 128: Box(2, 8, 8), 256: Box(4, 8, 8)}
 
 
 def pairwise(axes):
     """Few rows that hold every pair of values of two axes."""
     draw = random.Random(0)
-    left = {
-        ((a, x), (b, y)) for a, b in itertools.combinations(axes, 2) for x in axes[a] for y in axes[b]
-    }  # fmt: skip
+    left = {((a, x), (b, y)) for a, b in itertools.combinations(axes, 2) for x in axes[a] for y in axes[b]}
     while left:
         (a, x), (b, y) = min(left, key=repr)
         rows = [{name: draw.choice(values) for name, values in axes.items()} | {a: x, b: y} for _ in range(100)]
@@ -238,23 +240,36 @@ def pairwise(axes):
         yield tuple(best.values())
 
 
+FA4 = AXES | {"block": [128], "dtype": [torch.bfloat16, torch.float16]}
+PAIRS = {
+    "triton": list(pairwise(AXES)),
+    "fa4": [*pairwise(FA4), (256, 128, torch.bfloat16, "ragged_h", 77, "unequal", 2)],
+    "flex": list(pairwise(AXES))[::5],  # it compiles for seconds at each shape
+}
+IN_FULL = {
+    "triton": list(itertools.product(*AXES.values())),
+    "fa4": list(itertools.product(*(FA4 | {"block": [128, 256]}).values())),
+    "flex": list(pairwise(AXES)),
+}
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]
+
+
 def poison():
-    """Fill the memory that the next allocations get with NaN."""
-    big = [torch.full((2**26,), torch.nan, device=DEVICE)]
-    del big, [torch.full((2**17,), torch.nan, device=DEVICE) for _ in range(64)][:]
+    """Fill the memory that the next allocations get, large and small, with NaN."""
+    for size, count in ((2**26, 1), (2**17, 64)):
+        blocks = [torch.full((size,), torch.nan, device=DEVICE) for _ in range(count)]
+        del blocks
 
 
 def gpu_case(executor, block, dim, dtype, grid, text, kept, batch):
-    box = Box(2, 4, 8) if block == 64 else Box(2, 8, 8)
     layout, heads = Layout(GRIDS[grid], text), 2
     lengths = torch.tensor([text, max(0, text - 70)][:batch], device=DEVICE)
-    density = {"full": 2.0, "one": -1.0, "fallback": 0.3, "unequal": 0.5}[kept]
-    plan = box_plan(layout, lengths, box, heads, density)
-    if kept == "one":  # of whole rows, the first has all
-        plan.counts[:] = 1
+    density = {"full": 2.0, "one": 0.3, "fallback": 0.3, "unequal": 0.5}[kept]
+    plan = box_plan(layout, lengths, BOXES[block], heads, density)
+    if kept == "one":
+        plan.counts.clamp_(max=1)
     if kept == "unequal":
         plan.counts[:, 0] = plan.counts[:, 0].clamp(max=2)
-    plan.blocks[torch.arange(plan.blocks.shape[-1], device=DEVICE) >= plan.counts[..., None]] = 2**30
     q, k, v = (torch.randn(batch, layout.length, heads, dim, device=DEVICE, dtype=dtype) for _ in range(3))
     reason = executor.modules[executor.name].refuse(q, plan)
     if reason:
@@ -263,36 +278,28 @@ def gpu_case(executor, block, dim, dtype, grid, text, kept, batch):
     check(executor, layout, q, k, v, plan)
 
 
-def name_of(value):
-    return str(value).removeprefix("torch.")
+def name_of(case):
+    return "-".join(str(value).removeprefix("torch.") for value in case)
 
 
-PAIRS = list(pairwise(AXES))
-ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]
-
-
-def on_gpu(cases):
-    """FlexAttention compiles for seconds at each shape: a quarter of them."""
-    for executor in ("triton", "fa4", "flex"):
-        for case in cases[:: 4 if executor == "flex" else 1]:
-            yield pytest.param(executor, case, marks=ON_GPU, id="-".join(map(name_of, (executor, *case))))
-
-
-@pytest.mark.parametrize("executor, case", list(on_gpu(PAIRS)))
+@pytest.mark.parametrize(
+    "executor, case",
+    [pytest.param(name, case, marks=ON_GPU, id=name_of((name, *case))) for name in PAIRS for case in PAIRS[name]],
+)
 def test_on_a_gpu(executor, case):
     gpu_case(run(executor), *case)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("executor", [pytest.param(name, marks=ON_GPU) for name in ("triton", "fa4", "flex")])
-def test_on_a_gpu_in_full(executor):
-    """Every combination; its failures are told together."""
+@pytest.mark.parametrize("executor", [pytest.param(name, marks=ON_GPU) for name in IN_FULL])
+def test_on_a_gpu_in_full(executor, request):
+    """Every combination, whose failures are told together."""
+    if "full" not in request.config.option.markexpr:
+        pytest.skip('asked for with -m "gpu and full"')
     failures = []
-    for case in itertools.product(*AXES.values()):
+    for case in IN_FULL[executor]:
         try:
             gpu_case(run(executor), *case)
-        except pytest.skip.Exception:
-            continue
         except Exception as error:
-            failures.append(f"{'-'.join(map(name_of, case))}: {str(error).splitlines()[0]}")
+            failures.append(f"{name_of(case)}: {str(error).splitlines()[0]}")
     assert not failures, "\n".join(failures)
