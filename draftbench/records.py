@@ -27,7 +27,7 @@ FIELDS = (
     *("baseline_id", "peak_memory_gib", "device", "versions", "commit", "dirty", "status", "timestamp"),
 )
 OPTIONAL = (
-    "latency", "parts_ms", "quality", "frames_sha256", "dense", "labels", "batch", "model_settings",
+    "latency", "parts_ms", "quality", "frames_sha256", "dense", "labels", "batch", "model_settings", "executors_run",
 )  # fmt: skip
 
 

@@ -255,7 +255,8 @@ class Job:
         """A record of this job's cell."""
         return records.new(
             cell_id=self.cell_id(*cell), model=self.model.name, weights_hash=self.model.weights_hash, method=self.name,
-            method_settings=_plain(self.method), executor=self.executor_name, prompt=cell[0], seed=cell[1],
+            method_settings=_plain(self.method), executor=self.executor_name, executors_run=sorted(self.executor.ran),
+            prompt=cell[0], seed=cell[1],
             grid=list(self.model.grid), sparsity=float(self.method.target), status=status,
             model_settings=self.model.settings(), dense=asdict(self.parts),
             batch=self.config.batch, **self.environment, **self.timed, **values,

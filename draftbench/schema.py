@@ -75,6 +75,7 @@ class Shape:
     shift: Annotated[float, "a number above 0", lambda x: x > 0]
     guidance: Annotated[float, "a number of at least 0", lambda x: x >= 0]
     fps: Count
+    compile: Switch
     device: Literal["auto", "cpu", "cuda"]
     geometry: Geometry
 

@@ -1,53 +1,77 @@
 """Executors: kernels that run a `Plan`. Each is a module with `run` and `refuse`.
 
 `run(q, k, v, plan, layout)` takes [B, S, H, D] and returns (output [B, S, H, D], LSE [B, H, S], natural log); rows of
-text padding come out as zero with an LSE of -inf. `refuse(q, plan)` says why it can't take a request, or None.
+text padding come out as zero with an LSE of -inf. `refuse(q, plan)` says why it can't take a request, or None. Each is
+called as a PyTorch operator (operators.py).
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
 
 import torch
+from draftbench.kernels import fa4, operators
+from draftbench.kernels.operators import NAMES
 from torch import Tensor
 
 from ..attention import Plan
 from ..layout import Layout
 
-NAMES = ("reference", "cpu", "triton")
-
 
 def resolve(name: str, device: torch.device) -> str:
-    """The executor that `name` stands for on `device`; "auto" is triton on a GPU and cpu elsewhere.
+    """The executor that `name` stands for on `device`.
 
-    Raises ValueError for an unknown name, RuntimeError for one that cannot run on this device.
+    "auto" is cpu on a CPU; on a GPU triton, behind fa4 if that can run there: "fa4+triton" runs every plan that fa4
+    takes on fa4 and all others on triton. Raises ValueError for an unknown name, RuntimeError, saying what it needs,
+    for one that cannot run on this device.
     """
     if name == "auto":
-        return "triton" if device.type == "cuda" else "cpu"
+        if device.type != "cuda":
+            return "cpu"
+        return "triton" if fa4.unavailable(device) else "fa4+triton"
     if name not in NAMES:
         raise ValueError(f"executor must be one of auto, {', '.join(NAMES)}, got {name!r}")
-    needs = {"triton": "cuda", "cpu": "cpu"}.get(name)
-    if needs and device.type != needs and not (name == "triton" and _interpreted()):
-        raise RuntimeError(f"executor={name} needs a {needs} device, got device={device.type}")
+    reason = _unavailable(name, device)
+    if reason:
+        raise RuntimeError(f"executor={name} cannot run here: {reason}")
     return name
 
 
+def _unavailable(name: str, device: torch.device) -> str | None:
+    """Why an executor cannot run on a device at all, or None; imports no kernel."""
+    if name == "fa4":
+        return fa4.unavailable(device)
+    if name == "cpu" and device.type != "cpu":
+        return f"it needs a CPU, got device={device.type}"
+    if name == "triton":
+        if not importlib.util.find_spec("triton"):
+            return "it needs Triton: pip install 'draftbench[triton]'"
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            return f"it needs a CUDA device, got device={device.type}"
+    return None
+
+
 class run:
-    """An executor by name, checked at every call: `run("cpu")(q, k, v, plan, layout)`."""
+    """An executor by name, checked at every call: `run("cpu")(q, k, v, plan, layout)`.
+
+    Names joined by "+" are tried in that order, and the first that takes a plan runs it; `ran` holds those that did.
+    """
 
     def __init__(self, name: str):
         self.name = name
-        self.module = importlib.import_module(f".{name}", __name__)
+        self.modules = {part: importlib.import_module(f".{part}", __name__) for part in name.split("+")}
+        self.ran: set[str] = set()
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, layout: Layout) -> tuple[Tensor, Tensor]:
-        reason = self.module.refuse(q, plan)
-        if reason:
-            raise ValueError(f"executor={self.name} cannot run this plan: {reason}")
-        output: tuple[Tensor, Tensor] = self.module.run(q, k, v, plan, layout)
-        return output
-
-
-def _interpreted() -> bool:
-    import os
-
-    return os.environ.get("TRITON_INTERPRET") == "1"
+        reasons = []
+        for name, module in self.modules.items():
+            reason = module.refuse(q, plan)
+            if reason is None:
+                self.ran.add(name)
+                operator = getattr(torch.ops.draftbench, name)
+                output: tuple[Tensor, Tensor] = operator(q, k, v, *operators.flatten(plan, layout))
+                return output
+            reasons.append(reason)
+        raise ValueError(f"executor={self.name} cannot run this plan: {'; '.join(reasons)}")

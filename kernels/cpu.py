@@ -40,8 +40,9 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, layout: Layout) -> tuple[Te
         where, real = _tokens(starts[:, None], (ends - starts)[:, None])
         count = plan.counts.flatten(0, 1)[item, row]
         blocks = plan.blocks.flatten(0, 1)[item, row, : int(count.max())].long()
-        first, last = (kv_start.flatten(0, 1)[item[:, None], blocks + i] for i in (0, 1))
         live = torch.arange(blocks.shape[1]) < count[:, None]
+        blocks = torch.where(live, blocks, 0)
+        first, last = (kv_start.flatten(0, 1)[item[:, None], blocks + i] for i in (0, 1))
         column, present = _tokens(first, torch.where(live, last - first, 0))
         shift = base.flatten()[item, None]
         queries = q[where + shift][:, None]

@@ -118,6 +118,25 @@ def hooked(model, wanted, session):
         return stock(model, wanted)
 
 
+def test_compiled_blocks_stay_as_they_are_over_steps_layers_and_methods(checkpoint, model):
+    from torch._dynamo.utils import counters
+
+    compiled = make(checkpoint)
+    graphs = []
+    compiled.compile_blocks(compiled.pipe, lambda graph, inputs: graphs.append(graph) or graph.forward)
+    torch._dynamo.reset()
+    counters.clear()
+    hooked(compiled, batch(LONGER, steps=1), Spy())
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for method in (Dense(), build("draft", 0.5), build("svg", 0.5)):
+            assert torch.equal(hooked(compiled, batch(LONGER), Spy(method)), hooked(model, batch(LONGER), Spy(method)))
+    # One of the double blocks; two of the single ones, of which the first gets tensors of other strides.
+    assert len(graphs) == counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
+    for graph in graphs:
+        assert sum(node.target is torch.ops.draftbench.attend for node in graph.graph.nodes) == 1
+    torch._dynamo.reset()
+
+
 def build(name, sparsity):
     config = METHODS[name]
     module, _, kind = config["_target_"].rpartition(".")

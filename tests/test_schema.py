@@ -74,7 +74,7 @@ BAD = [
     ({"seeds": [2**31]}, f"got {2**31}"),
     ({"batch": 0}, "batch must be an integer of at least 1, got 0"),
     ({"device": "tpu"}, "device must be one of auto, cpu, cuda, got 'tpu'"),
-    ({"executor": "nope"}, "executor must be one of auto, reference, cpu, triton, got 'nope'"),
+    ({"executor": "nope"}, "executor must be one of auto, reference, cpu, triton, flex, fa4, got 'nope'"),
     ({"dense": 3}, "dense must be keys and values, got 3"),
     ({"dense.steps": 1.5}, "dense.steps must be a number in [0, 1], got 1.5"),
     ({"dense.timestep": -1}, "dense.timestep must be null or a number of at least 0, got -1"),
@@ -185,7 +185,7 @@ def test_check_job_looks_at_device_executor_and_lpips_weights(fake, monkeypatch,
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device=cuda needs"):
         schema.check_job(fake(device="cuda"))
-    with pytest.raises(RuntimeError, match="executor=triton needs a cuda device"):
+    with pytest.raises(RuntimeError, match="executor=triton cannot run here: it needs a CUDA device"):
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         schema.check_job(fake(executor="triton"))
     monkeypatch.setenv("DRAFTBENCH_LPIPS_VGG", str(tmp_path / "none.safetensors"))

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ..attention import Request, Session
+from ..compiled import handles
 from ..layout import Layout
 
 WEIGHTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
@@ -40,12 +41,14 @@ class HunyuanVideo:
 
     path: the checkpoint's folder; None looks for `hub_id` at `revision` in the Hugging Face cache. frames, height and
     width are in pixels. shift: of the noise schedule; guidance: embedded; true_cfg: classifier-free guidance against
-    the empty prompt, 1 for none. dtype: of the transformer, bfloat16 or float32. device may be "auto".
+    the empty prompt, 1 for none. dtype: of the transformer, bfloat16 or float32. device may be "auto". compile: the
+    transformer's blocks, each as one graph with its attention as one operator.
     """
 
     def __init__(
         self, *, name: str, path: str | None, hub_id: str, revision: str, frames: int, height: int, width: int,
         steps: int, shift: float, guidance: float, true_cfg: float, dtype: str, fps: int, device: str | torch.device,
+        compile: bool = False,
     ) -> None:  # fmt: skip
         counts = {"frames": frames, "height": height, "width": width, "steps": steps, "fps": fps}
         for key, value in counts.items():
@@ -64,7 +67,7 @@ class HunyuanVideo:
         self.folder = find_checkpoint(path, hub_id, revision)
         self.grid = token_grid(self.folder, frames, height, width)
         self.name, self.frames, self.height, self.width, self.steps, self.fps = name, frames, height, width, steps, fps
-        self.shift, self.guidance, self.true_cfg, self.dtype = shift, guidance, true_cfg, dtype
+        self.shift, self.guidance, self.true_cfg, self.dtype, self.compile = shift, guidance, true_cfg, dtype, compile
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
@@ -81,7 +84,16 @@ class HunyuanVideo:
         pipe.scheduler.set_shift(self.shift)
         pipe.vae.enable_tiling()
         pipe.set_progress_bar_config(disable=True)
-        return pipe.to(self.device)
+        pipe.to(self.device)
+        if self.compile:
+            self.compile_blocks(pipe)
+        return pipe
+
+    @staticmethod
+    def compile_blocks(pipe: Any, backend: str = "inductor") -> None:
+        """Compile each block of the transformer; a text of another length is another graph."""
+        for block in _blocks(pipe):
+            block.compile(backend=backend, fullgraph=True, dynamic=False)
 
     @cached_property
     def weights_hash(self) -> str:
@@ -90,7 +102,7 @@ class HunyuanVideo:
 
     def settings(self) -> dict[str, Any]:
         """See `Model.settings`; `configs` is a hash of the checkpoint's JSON files (scheduler, tokenizers, sizes)."""
-        keys = ("frames", "height", "width", "shift", "guidance", "true_cfg", "dtype", "rest_dtype")
+        keys = ("frames", "height", "width", "shift", "guidance", "true_cfg", "dtype", "rest_dtype", "compile")
         versions = {"diffusers": importlib.metadata.version("diffusers"), "configs": self._configs_hash}
         return {key: getattr(self, key) for key in keys} | versions
 
@@ -144,19 +156,25 @@ class HunyuanVideo:
         """Inside, this pipeline's self-attention goes to `session`; afterwards it is as it was."""
         transformer = self.pipe.transformer
         hook = _Hook(session, self.pipe, self.grid, seeds)
-        blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
+        blocks = _blocks(self.pipe)
         originals = [block.attn.processor for block in blocks]
         handle = transformer.register_forward_pre_hook(hook.before_forward, with_kwargs=True)
         transformer.cache_context = hook.cache_context  # shadows the class's method on this instance only
         try:
-            for layer, block in enumerate(blocks):
-                block.attn.set_processor(_Processor(layer, hook))
-            yield
+            with handles(hook.attend, len(blocks)) as found:
+                for layer, block in enumerate(blocks):
+                    block.attn.set_processor(_Processor(found[layer], hook))
+                yield
         finally:
             for block, original in zip(blocks, originals, strict=True):
                 block.attn.set_processor(original)
             del transformer.cache_context
             handle.remove()
+
+
+def _blocks(pipe: Any) -> tuple[Any, ...]:
+    """The transformer's blocks, a layer each, in the order they run."""
+    return *pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks
 
 
 class _Hook:
@@ -196,8 +214,8 @@ class _Hook:
 class _Processor:
     """A block's attention: the arithmetic of diffusers' HunyuanVideoAttnProcessor2_0 around the session's attention."""
 
-    def __init__(self, layer: int, hook: _Hook):
-        self.layer, self.hook = layer, hook
+    def __init__(self, handle: Tensor, hook: _Hook):
+        self.handle, self.hook = handle, hook
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor | None = None,
@@ -220,7 +238,7 @@ class _Processor:
         q, k = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (q, k))  # type: ignore[arg-type,assignment]
         q, k = torch.cat([q, text_q], 1), torch.cat([k, text_k], 1)
 
-        out = self.hook.attend(q, k, v, self.layer).flatten(2, 3)
+        out = torch.ops.draftbench.attend(q, k, v, self.handle).flatten(2, 3)
         out, text = out[:, :video], torch.nn.functional.pad(out[:, video:], (0, 0, 0, padded - real))
         if attn.to_out is not None:
             out = attn.to_out[1](attn.to_out[0](out))

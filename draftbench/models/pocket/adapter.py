@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...attention import Request, Session
+from ...compiled import handles
 from ...environment import resolve_device
 from ...layout import Layout
 from . import judge as judging
@@ -36,6 +37,7 @@ class Pocket:
     shift: float = 1.0
     guidance: float = 3.0
     dtype: str = "auto"
+    compile: bool = False
     fps: int = 4
     device: Any = "auto"
 
@@ -69,7 +71,10 @@ class Pocket:
     @functools.cached_property
     def network(self) -> PocketDiT:
         """The denoiser, loaded at first use."""
-        return load(self.path).to(self.device)
+        network = load(self.path).to(self.device)
+        if self.compile:
+            network.compile_blocks()
+        return network
 
     @functools.cached_property
     def judge(self) -> judging.Judge:
@@ -83,7 +88,7 @@ class Pocket:
 
     def settings(self) -> dict[str, Any]:
         """Everything but weights, prompts, seeds and steps that shapes the frames."""
-        names = ("frames", "height", "width", "shift", "guidance", "dtype")
+        names = ("frames", "height", "width", "shift", "guidance", "dtype", "compile")
         return {key: getattr(self, key) for key in names}
 
     def generate(self, request: Request, session: Session, last_step: int | None = None) -> Tensor:
@@ -94,23 +99,27 @@ class Pocket:
         text = torch.tensor([tokens(prompt) for prompt in request.prompts], device=self.device)
         noise = initial_noise(list(request.seeds), (self.frames, 3, self.height, self.width)).to(self.device)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-            return session(
-                q, k, v, layout=layout, text_lengths=lengths, layer=layer, branch="both", seeds=request.seeds * 2
-            )
+        half = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16")
 
-        half = torch.autocast(self.device.type, torch.bfloat16) if self.dtype == "bfloat16" else nullcontext()
+        def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+            with half():  # a compiled graph has its casts inside and runs without autocast
+                return session(
+                    q, k, v, layout=layout, text_lengths=lengths, layer=layer, branch="both", seeds=request.seeds * 2
+                )
+
         before, network.attend = network.attend, attend
         session.start(clips)
         try:
-            with half:
+            with half(), ExitStack() as stack:
+                if self.compile:
+                    network.handles = stack.enter_context(handles(attend, len(network.blocks)))
                 video = sample(
                     network, noise, text, request.steps, self.shift, self.guidance,
                     lambda step, level: session.at_step(step, request.steps, 1000 * level), last_step,
                 )  # fmt: skip
             session.finish()
         finally:
-            network.attend = before
+            network.attend, network.handles = before, []
         return video.cpu()
 
     def quality(self, frames: Tensor, prompt: str) -> dict[str, Any]:

@@ -107,8 +107,8 @@ class Block(nn.Module):
         y = F.rms_norm(x, (x.shape[-1],), eps=1e-6) * (1 + m[:, 1]) + m[:, 0]
         q, k, v = self.qkv(y).view(*x.shape[:2], 3, self.heads, -1).unbind(2)
         q, k = (
-            rotate(F.rms_norm(x, (x.shape[-1],), norm.weight.to(x.dtype), eps=1e-6), cos, sin)
-            for x, norm in ((q, self.q_norm), (k, self.k_norm))
+            rotate(F.rms_norm(x, (x.shape[-1],), norm.weight.to(x.dtype), eps=1e-6), cos, sin).to(v.dtype)
+            for x, norm in ((q, self.q_norm), (k, self.k_norm))  # autocast norms in float32 on a GPU
         )
         return q, k, v
 
@@ -119,6 +119,11 @@ class Block(nn.Module):
         y = F.rms_norm(x, (x.shape[-1],), eps=1e-6) * (1 + m[:, 4]) + m[:, 3]
         gate, up = self.up(y).chunk(2, -1)
         return x + m[:, 5] * self.down(F.silu(gate) * up)
+
+    def whole(self, x: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor, handle: Tensor) -> Tensor:
+        """The block with its attention as one operator; handle: see `draftbench.compiled`."""
+        q, k, v = self.project(x, modulation, cos, sin)
+        return self.finish(x, torch.ops.draftbench.attend(q, k, v, handle), modulation)
 
     def _modulate(self, x: Tensor, modulation: Tensor) -> Tensor:
         return (modulation.view(len(x), 6, -1) + self.table).to(x.dtype).unsqueeze(2)
@@ -136,6 +141,8 @@ class PocketDiT(nn.Module):
         d, pixels = config.width, 3 * config.patch**2
         self.attend: Attend = dense
         self.project, self.finish = Block.project, Block.finish
+        self.whole = Block.whole  # in place of the three above while there are handles
+        self.handles: list[Tensor] = []
         self.inp = nn.Linear(3 * (config.patch + 2 * config.margin) ** 2, d)
         self.words = nn.Embedding(len(WORDS), d)
         self.order = nn.Parameter(torch.randn(LENGTH, d) * 0.02)
@@ -155,6 +162,10 @@ class PocketDiT(nn.Module):
         """Compile what lies between attentions; the two graphs are shared by all blocks, attention stays outside."""
         self.project = torch.compile(Block.project, dynamic=False)
         self.finish = torch.compile(Block.finish, dynamic=False)
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compile each block as one graph, attention inside as an operator; it takes effect while `handles` are set."""
+        self.whole = torch.compile(Block.whole, dynamic=False, fullgraph=True, backend=backend)
 
     def grid(self, video: Tensor) -> tuple[int, int, int]:
         """The token grid (T, H, W) of pixels [B, T, 3, h, w]."""
@@ -191,6 +202,9 @@ class PocketDiT(nn.Module):
         x = torch.cat([self.inp(patches.to(self.inp.weight.dtype)) + place, text.to(self.inp.weight.dtype)], 1)
         modulation = self.modulation(c)
         for layer, block in enumerate(cast(Iterable[Block], self.blocks)):
+            if self.handles:
+                x = self.whole(block, x, modulation, cos, sin, self.handles[layer])
+                continue
             q, k, v = self.project(block, x, modulation, cos, sin)
             x = self.finish(block, x, self.attend(q, k, v, layer), modulation)
         shift, scale = self.last(c)[:, None].chunk(2, -1)
