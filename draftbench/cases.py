@@ -53,7 +53,7 @@ class Shape:
         return Box(1, *self.region)
 
 
-_TINY = ("model=pocket", "model.frames=4", "model.height=32", "model.width=48", "model.steps=2")
+TINY = ("model=pocket", "model.frames=4", "model.height=32", "model.width=48", "model.steps=2")
 SHAPES = {
     "hunyuan_768p": Shape((33, 48, 80), 24, 128, 256),
     "hunyuan_720p": Shape((33, 45, 80), 24, 128, 256),  # ragged: regions of 8x16 do not divide 45 rows
@@ -61,7 +61,7 @@ SHAPES = {
     "wan_480p": Shape((21, 30, 52), 40, 128),  # ragged
     "sta_768p": Shape((30, 48, 80), 24, 128, 256),  # a canvas that FastVideo's sliding tile kernel takes
     "cpu": Shape((8, 16, 32), 4, 64, device="cpu", capture=("model=pocket",), threads=2),
-    "tiny": Shape((3, 6, 10), 2, 64, 5, device="cpu", region=(4, 4), capture=_TINY, threads=1),  # ragged; for the tests
+    "tiny": Shape((3, 6, 10), 2, 64, 5, device="cpu", region=(4, 4), capture=TINY, threads=1),  # ragged; for the tests
 }
 
 
@@ -107,7 +107,7 @@ def dense_case(shape: Shape, prompt: str, seed: int) -> Case:
     generator = torch.Generator(device).manual_seed(seed)
     q, k = (_tiled(x, source, shape, generator) for x in (q, k))
     v = torch.randn(q.shape, device=device, dtype=torch.float32, generator=generator).to(shape.dtype)
-    plan = full_plan(_call(shape, device, _no_executor), shape.heads)
+    plan = full_plan(_call(shape, device, no_executor), shape.heads)
     return Case(shape, q, k, v, 0.0, "dense", plan)
 
 
@@ -115,7 +115,7 @@ def sparse_cases(dense: Case, sparsity: float, masks: Sequence[str], seed: int) 
     """The same tensors at a sparsity: draft's own blocks ("captured"), and random ones, the mean of draft's counts in
     every row ("balanced")."""
     case = replace(dense, sparsity=sparsity, mask="captured")
-    call = case.call(_no_executor)
+    call = case.call(no_executor)
     case.plan = case.draft.plan(case.q, case.k, case.v, call)
     if "captured" in masks:
         yield case
@@ -159,7 +159,7 @@ def captured(overrides: tuple[str, ...], prompt: str, seed: int, device: torch.d
         config = compose("config", [*overrides, f"device={device.type}"])
     model: Any = schema.model(config)
     model.check([prompt])
-    session = _Capture(Dense(), _no_executor, dense_kernel.run, DenseParts())
+    session = _Capture(Dense(), no_executor, dense_kernel.run, DenseParts())
     session.at = (model.steps // 2, model.network.config.depth // 2)
     model.generate(Request((prompt,), (seed,), model.steps), session, last_step=session.at[0] + 1)
     assert session.kept is not None
@@ -186,7 +186,8 @@ def _call(shape: Shape, device: torch.device, executor: Executor) -> Call:
     return Call(shape.layout, 0, 1, 0, "cond", lengths, (0,), 0, {}, executor, Meter(counting=False))
 
 
-def _no_executor(*_: Any) -> tuple[Tensor, Tensor]:
+def no_executor(q: Tensor, k: Tensor, v: Tensor, plan: Plan, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Stands where a plan is made and never run."""
     raise AssertionError("nothing is to be executed here")
 
 
@@ -219,7 +220,11 @@ def sampled_error(out: Tensor, case: Case, plan: Plan, seed: int = 0, more: int 
         wrong.append((out[0, queries, head].float() - reference).norm(dim=-1))
         right.append(reference.norm(dim=-1))
     error, size = torch.cat(wrong), torch.cat(right)
-    return {"all": float(error.norm() / size.norm()), "worst": float((error / size).max()), "rows": len(error)}
+    return {
+        "all": float(error.norm() / size.norm()),
+        "worst": float((error / size.clamp(min=1e-30)).max()),
+        "rows": len(error),
+    }
 
 
 def _tokens(order: Any, layout: Layout, like: Tensor) -> Tensor:
