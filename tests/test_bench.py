@@ -354,7 +354,8 @@ def test_ragged_blocks_are_told(name, packages):
         peers.contestants()["fastvideo_sta"].make(case(SHAPES["tiny"]))
 
 
-def test_an_executor_that_cannot_run_here_is_absent():
+def test_an_executor_that_cannot_run_here_is_absent(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(Absent, match="executor=triton needs a cuda device"):
         peers.contestants()["kernel_triton"].make(case(SHAPES["tiny"]))
 
