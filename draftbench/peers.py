@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import kernels
-from .attention import Plan
+from .attention import Executor, Plan
 from .cases import Case, no_executor
 from .kernels.select import box_plan, plan_from_mask
 from .layout import Box, Identity, Layout, box_sizes, permutation
@@ -82,16 +82,24 @@ def need(module: str, package: str) -> Any:
         raise Absent(f"package {package} is not installed") from error
 
 
-def _executor(name: str, case: Case) -> kernels.run:
+def _executor(name: str, case: Case) -> Executor:
+    """An executor; Absent, now or when it is called, with its own reason if it can't run here or can't take a plan."""
     try:
         execute = kernels.run(kernels.resolve(name, case.q.device))
     except ModuleNotFoundError as error:
         raise Absent(f"package {error.name} is not installed") from error
     except (ImportError, RuntimeError) as error:
         raise Absent(str(error)) from error
-    if reason := execute.module.refuse(case.q, case.plan):
-        raise Absent(reason)
-    return execute
+
+    def call(q: Tensor, k: Tensor, v: Tensor, plan: Plan, layout: Layout) -> tuple[Tensor, Tensor]:
+        try:
+            return execute(q, k, v, plan, layout)
+        except ValueError as error:
+            if "cannot run this plan" in str(error):
+                raise Absent(str(error)) from error
+            raise
+
+    return call
 
 
 def _draft(executor: str, case: Case) -> Ready:
