@@ -275,7 +275,7 @@ def _restored(out: Tensor, case: Case) -> Tensor:
 
 
 def _back(out: Tensor, order: Tensor) -> Tensor:
-    return torch.empty_like(out).index_copy_(1, order, out[:, : len(order)])
+    return torch.empty_like(out).index_copy_(1, order, out)
 
 
 PEERS = (

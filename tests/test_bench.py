@@ -356,11 +356,11 @@ def test_ragged_blocks_are_told(name, packages):
 
 def test_an_executor_that_cannot_run_here_is_absent(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(Absent, match="^executor=triton .*needs a (cuda|CUDA) device, got device=cpu"):
+    with pytest.raises(Absent, match=r"^executor=triton .*needs a (cuda|CUDA) device, got device=cpu"):
         peers.contestants()["kernel_triton"].make(case(SHAPES["tiny"]))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     made = case(replace(SHAPES["tiny"], dim=192))  # no head dim of any kernel's
-    with pytest.raises(Absent, match="^executor=triton cannot run this plan: "):
+    with pytest.raises(Absent, match=r"^executor=triton cannot run this plan: "):
         peers.contestants()["kernel_triton"].make(made).run()
 
 
