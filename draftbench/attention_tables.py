@@ -151,7 +151,7 @@ def figure(rows: Sequence[Row], path: Path, digest: str) -> None:
             if own:
                 style = {"color": f"C{number % 10}", "marker": "os^Dvx"[number // 10 % 6], "markersize": 4}
                 axes.plot(*zip(*own, strict=True), label=name, linewidth=1, **style)
-        ideal = {row["sparsity"]: row for row in here if row["mask"] == "captured" and row["dense"]}
+        ideal = {row["sparsity"]: row for row in here if row["mask"] in ("dense", "captured") and row["dense"]}
         line = [(r["sparsity_achieved"], r["dense"]["ms"] * r["density"]) for _, r in sorted(ideal.items())]
         if line:
             axes.plot(*zip(*line, strict=True), "k--", label="ideal: dense time x kept pairs", linewidth=1)
