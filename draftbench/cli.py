@@ -289,8 +289,11 @@ def _show_sweep(jobs: Jobs, rows: list[dict[str, Any]]) -> None:
         tracking.log_sweep(rows, settings.project, jobs.root, jobs.root.name, settings.mode)
 
 
-def message(error: BaseException, overrides: Sequence[str] = ()) -> str:
-    """An error in a line or two that name the key, the value and what is allowed, without Hydra's advice for coders."""
+def message(error: BaseException, overrides: Sequence[str] = (), name: str = "config") -> str:
+    """An error in a line or two that name the key, the value and what is allowed, without Hydra's advice for coders.
+
+    name: the config in draftbench.conf that the overrides are of.
+    """
     cause = error.__cause__
     if isinstance(error, OverrideParseException):
         line = error.override
@@ -302,7 +305,7 @@ def message(error: BaseException, overrides: Sequence[str] = ()) -> str:
         given = next((o for o in overrides if _key(o) and f"{key}.".startswith(f"{_key(o)}.")), key)
         if "Could not override" in str(error):
             given = given if _key(given) == key else key
-            return str(_unknown(given, overrides))
+            return str(_unknown(given, overrides, name))
         return f"{given} does not fit: {str(cause).splitlines()[0]}"
     text = " ".join(str(error).split())
     if isinstance(error, ConfigCompositionException) and "Could not append" in text:
@@ -316,12 +319,12 @@ def message(error: BaseException, overrides: Sequence[str] = ()) -> str:
     return text if expected and text else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
-def _unknown(given: str, overrides: Sequence[str]) -> ValueError:
+def _unknown(given: str, overrides: Sequence[str], name: str) -> ValueError:
     """The error for an unknown key: the nearest keys of the chosen groups, and those beside it."""
     chosen = [o for o in overrides if _key(o) in groups() and not re.search(r"[,{]", o) and o[0] not in "+~"]
     try:
         with _configs():
-            config = hydra.compose("config", chosen, return_hydra_config=given.startswith("hydra."))
+            config = hydra.compose(name, chosen, return_hydra_config=given.startswith("hydra."))
     except (HydraException, ValueError):
         return ValueError(f"unknown key {given}")
     parent = _key(given).rpartition(".")[0]

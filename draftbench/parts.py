@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
-PARTS = ("estimate", "order", "kernel", "restore")
+# "estimate" is what a method's plan takes beside the parts of it that are named: pool, score, select, list.
+PARTS = ("pool", "score", "select", "list", "estimate", "order", "kernel", "restore")
 
 
 class _Clock:

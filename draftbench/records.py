@@ -29,27 +29,37 @@ FIELDS = (
 OPTIONAL = (
     "latency", "parts_ms", "quality", "frames_sha256", "dense", "labels", "batch", "model_settings", "executors_run",
 )  # fmt: skip
+# Records of kind "attention" (draftbench.bench) have these instead: one contestant on one shape, mask and sparsity.
+ATTENTION = (
+    *("schema_version", "kind", "cell_id", "run", "shape", "shape_settings", "source", "mask", "sparsity"),
+    *("sparsity_achieved", "density", "kept_pairs", "all_pairs", "contestant", "contestant_kind", "ms", "budget_s"),
+    *("tflops", "dense", "speedup", "ideal_share", "parts_ms", "error", "tolerance", "peak_memory_gib"),
+    *("device", "versions", "commit", "dirty", "status", "timestamp"),
+)
 
 
 def new(**values: Any) -> dict[str, Any]:
     """A record of `values`, as JSON will hold it (tuples become lists); absent fields are None.
 
     Raises ValueError for an unknown field, a NaN or infinity, what JSON cannot hold, or a status that is neither "ok"
-    nor "failed: <reason>".
+    nor "failed: <reason>" (nor "absent: <reason>" of a contestant that cannot run).
     """
-    if unknown := sorted(set(values) - {*FIELDS, *OPTIONAL}):
-        raise ValueError(f"unknown record fields {unknown}; known: {', '.join((*FIELDS, *OPTIONAL))}")
+    attention = values.get("kind") == "attention"
+    fields, optional = (ATTENTION, ()) if attention else (FIELDS, OPTIONAL)
+    if unknown := sorted(set(values) - {*fields, *optional}):
+        raise ValueError(f"unknown record fields {unknown}; known: {', '.join((*fields, *optional))}")
     now = datetime.now(UTC).isoformat(timespec="seconds")
     values = {"schema_version": SCHEMA_VERSION, "kind": "cell", "timestamp": now} | values
-    record = dict.fromkeys(FIELDS) | values
+    record = dict.fromkeys(fields) | values
     for name, value in record.items():
         try:
             record[name] = json.loads(json.dumps(value, allow_nan=False))
         except (TypeError, ValueError) as error:
             raise ValueError(f"record field {name} must be valid JSON, got {value!r}: {error}") from error
     status = record["status"]
-    if status not in (None, "ok") and not str(status).startswith("failed: "):
-        raise ValueError(f"record field status must be 'ok' or 'failed: <reason>', got {status!r}")
+    reasons = ("failed: ", "absent: ") if attention else ("failed: ",)
+    if status not in (None, "ok") and not str(status).startswith(reasons):
+        raise ValueError(f"record field status must be 'ok' or '{reasons[0]}<reason>', got {status!r}")
     return record
 
 
@@ -85,6 +95,18 @@ def write(record: Mapping[str, Any], path: Path | str) -> None:
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def append(record: Mapping[str, Any], path: Path | str) -> None:
+    """Add one record as a line, on disk when this returns; OSError naming the path, ValueError for NaN."""
+    line = json.dumps(record, sort_keys=True, allow_nan=False) + "\n"
+    try:
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
 
 
 def read(path: Path | str) -> dict[str, Any]:
@@ -149,8 +171,8 @@ def promote(
     """Gather the records of run folders into out/NAME.jsonl, sorted; a cell run again keeps its last ok record.
 
     Failed cells stay as rows that say so; diagnostics go into out/NAME.diagnostics.json. Raises ValueError for no
-    records, mixed schema versions, uncommitted code (unless allow_dirty) or a bad name, and FileExistsError for a file
-    that exists (unless force).
+    records, mixed schema versions or kinds, uncommitted code (unless allow_dirty) or a bad name, and FileExistsError
+    for a file that exists (unless force).
     """
     if not name or Path(name).name != name:
         raise ValueError(f"name must be a plain file name, got {name!r}")
@@ -161,6 +183,8 @@ def promote(
         raise ValueError("no records under the given folders")
     if len(versions := {record["schema_version"] for record in records}) > 1:
         raise ValueError(f"records of schema versions {sorted(versions, key=str)} do not mix")
+    if "attention" in (kinds := {str(record.get("kind")) for record in records}) and len(kinds) > 1:
+        raise ValueError(f"records of kinds {sorted(kinds)} do not mix")
     dirty = [record for record in records if record.get("dirty") is not False]
     if dirty and not allow_dirty:
         raise ValueError(f"{len(dirty)} of {len(records)} records come from uncommitted code; allow with --allow-dirty")
@@ -183,7 +207,10 @@ def promote(
 
 
 def _order(record: Mapping[str, Any]) -> list[Any]:
-    values = [record.get(name) for name in ("model", "method", "sparsity", "prompt", "seed", "cell_id")]
+    names: tuple[str, ...] = ("model", "method", "sparsity", "prompt", "seed", "cell_id")
+    if record.get("kind") == "attention":
+        names = ("shape", "sparsity", "mask", "contestant", "cell_id")
+    values = [record.get(name) for name in names]
     return [(value is not None, 0 if value is None else value) for value in values]
 
 
@@ -203,8 +230,8 @@ def _main(arguments: list[str]) -> None:
         records = read_all([target])
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
-    failed = sum(record["status"] != "ok" for record in records)
-    print(f"{target}: {len(records)} records, {failed} failed")
+    failed, absent = (sum(str(record["status"]).startswith(why) for record in records) for why in ("failed", "absent"))
+    print(f"{target}: {len(records)} records, {failed} failed" + (f", {absent} absent" if absent else ""))
 
 
 if __name__ == "__main__":

@@ -104,6 +104,19 @@ class Config:
     method: Mapping[str, Any]
 
 
+@dataclasses.dataclass
+class Bench:
+    """The attention benchmark (draftbench.bench), which knows the names of shapes and contestants."""
+
+    shapes: Annotated[list[str], "a non-empty list of distinct shapes", str.strip]
+    sparsities: Annotated[list[float], "a non-empty list of distinct numbers in [0, 1)", lambda x: 0 <= x < 1]
+    masks: list[Literal["captured", "balanced"]]
+    contestants: Annotated[list[str], "a non-empty list of distinct contestants", str.strip]
+    budget_s: Annotated[float, "a number above 0", lambda x: x > 0]
+    prompt: Text
+    seed: Annotated[int, "an integer from 0 to 2^31 - 1", lambda x: 0 <= x < 2**31]
+
+
 _LISTS = ("prompts", "seeds", "metrics")  # one item may stand for the list
 _EMPTY = ("metrics",)  # may be empty
 
@@ -126,6 +139,17 @@ def check(config: DictConfig) -> None:
     _fields(config.model, Shape, "model.", partial=True)
     _fields(config.method, Geometry, "method.", partial=True)
     method(config)
+
+
+def check_bench(config: DictConfig) -> None:
+    """As `check`, for the keys under `bench` of the attention benchmark's config; one item may stand for a list."""
+    for name in ("shapes", "sparsities", "masks", "contestants"):
+        if name in config.bench and not isinstance(item := _value(config.bench, name, "bench."), list | None):
+            config.bench[name] = [item]
+    for name in map(str, config):
+        if name not in ("bench", "hydra"):
+            raise unknown(f"{name}={config[name]}", ["bench"])
+    _fields(config.bench, Bench, "bench.")
 
 
 def check_job(config: DictConfig) -> Model:

@@ -3,12 +3,14 @@
 One Markdown file for each file of records, and a short form of it between the README's markers
 `<!-- table NAME -->` and `<!-- end -->`; one row a method and sparsity. Means over clips; the contrasts (each method
 minus random, minus draft) are paired by clip, with a seeded bootstrap that resamples prompts and then seeds within
-them. A table never mixes devices, versions, weights or grids: it refuses.
+them. A table never mixes devices, versions, weights or grids: it refuses. Records of kind "attention" have tables of
+their own, and a picture in results/figures that holds the digest of its records.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import sys
@@ -18,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from . import records
+from . import attention_tables, records
 
 DRAWS = 2000
 METRICS = ("psnr_db", "ssim", "lpips")
@@ -113,7 +115,9 @@ def markdown(rows: list[dict[str, Any]], source: str) -> str:
 
 
 def short(rows: list[dict[str, Any]]) -> str:
-    """The table for the README: a row a method, PSNR and LPIPS at each sparsity."""
+    """The table for the README: a row a method, PSNR and LPIPS at each sparsity; of attention, what matters most."""
+    if _attention(rows):
+        return attention_tables.short(rows)
     groups: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         if row["status"] == "ok" and row["method"] != "dense":
@@ -132,6 +136,8 @@ def short(rows: list[dict[str, Any]]) -> str:
 
 def page(source: Path, rows: list[dict[str, Any]]) -> str:
     """The whole page of a file of records: its tables, and that of the diagnostics beside it if there are any."""
+    if _attention(rows):
+        return attention_tables.markdown(rows, source.stem)
     notes = source.with_suffix(".diagnostics.json")
     tail = "\n" + recalled(json.loads(notes.read_text())) if notes.is_file() else ""
     return markdown(rows, source.stem) + tail
@@ -209,11 +215,39 @@ def _sd(rows: list[dict[str, Any]]) -> str:
     return f"{np.std(values, ddof=1):.2f}" if len(values) > 1 else "-"
 
 
+def draw(source: Path, rows: list[dict[str, Any]], path: Path, check: bool) -> bool:
+    """Draw the picture of a file of records again unless it is of these records; False if it is not and `check`."""
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    if path.is_file() and _drawn_from(path) == digest:
+        return True
+    if not check:
+        with records.replacing(path) as temporary:
+            attention_tables.figure(rows, temporary, digest)
+        print(path)
+    return not check
+
+
+def _drawn_from(path: Path) -> str | None:
+    """The digest in a picture's metadata."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            return picture.info.get("records")
+    except OSError:
+        return None
+
+
+def _attention(rows: list[dict[str, Any]]) -> bool:
+    return rows[0].get("kind") == "attention"
+
+
 def main(arguments: list[str]) -> int:
     """Rewrite the tables; --check only compares, and exits with 1 if a file differs."""
     parser = argparse.ArgumentParser("python -m draftbench.tables", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--records", type=Path, default=Path("results/records"))
     parser.add_argument("--out", type=Path, default=Path("results/tables"))
+    parser.add_argument("--figures", type=Path, default=Path("results/figures"))
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a table is out of date")
     options = parser.parse_args(arguments)
@@ -227,6 +261,12 @@ def main(arguments: list[str]) -> int:
         tables = {name: short(group) for name, group in rows.items()}
         pages[options.readme] = readme(options.readme.read_text(), tables)
     stale = 0
+    for source in sources:
+        if _attention(rows[source.stem]):
+            picture = options.figures / f"{source.stem}.png"
+            if not draw(source, rows[source.stem], picture, options.check):
+                print(f"{picture} is out of date; run `make tables`", file=sys.stderr)
+                stale = 1
     for path, content in pages.items():
         if path.is_file() and path.read_text() == content:
             continue

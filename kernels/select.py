@@ -10,8 +10,10 @@ from torch import Tensor
 
 from ..attention import Call, Plan
 from ..layout import Box, Identity, Order, box_sizes, even_sizes, offsets
+from ..parts import part
 
 
+@part("pool")
 def pool(x: Tensor, box: Box, grid: tuple[int, int, int], how: str = "average") -> Tensor:
     """Mean or maximum of video tokens over each box, a smaller box at the edges: [B, S, H, D] -> [B, H, boxes, D].
 
@@ -28,6 +30,7 @@ def pool(x: Tensor, box: Box, grid: tuple[int, int, int], how: str = "average") 
     return pooled.reshape(batch, heads, dim, -1).transpose(2, 3)
 
 
+@part("select")
 def keep_over_threshold(scores: Tensor, sparsity: float, box: Box, grid: tuple[int, int, int]) -> Tensor:
     """Keep the highest of each head's map [B, H, n, n] down to one threshold; ties at it are kept.
 
@@ -47,12 +50,14 @@ def keep_over_threshold(scores: Tensor, sparsity: float, box: Box, grid: tuple[i
     return scores >= threshold[..., None, None]
 
 
+@part("select")
 def keep_per_row(scores: Tensor, counts: Tensor) -> Tensor:
     """Keep the `counts` [B, H, n] largest of each row of scores [B, H, n, m]."""
     rank = scores.argsort(-1, descending=True).argsort(-1)
     return rank < counts[..., None]
 
 
+@part("select")
 def fill_empty_rows(mask: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
     """Give each row of mask [B, H, n, m] that keeps nothing its best block; also their number an item."""
     empty = ~mask.any(-1, keepdim=True)
@@ -60,6 +65,7 @@ def fill_empty_rows(mask: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
     return mask | (empty & best), empty.sum((1, 2, 3))
 
 
+@part("list")
 def lists(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Counts [B, H, n] and block indices [B, H, n, m], kept ones first and ascending, int32, of a bool mask."""
     return mask.sum(-1, dtype=torch.int32), (~mask).to(torch.int8).argsort(dim=-1, stable=True).int()

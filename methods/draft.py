@@ -15,6 +15,7 @@ from torch import Tensor
 from ..attention import Call, Method, Plan
 from ..kernels.select import box_plan, fill_empty_rows, keep_over_threshold, keep_per_row, pool
 from ..layout import Box
+from ..parts import part
 
 
 @dataclass
@@ -42,7 +43,8 @@ class Draft(Method):
     def scores(self, q: Tensor, k: Tensor, call: Call) -> Tensor:
         """The draft map [B, H, regions, regions], rows summing to one."""
         low_q, low_k = (pool(x, self.box, call.layout.grid, self.pool) for x in (q, k))
-        return (low_q @ low_k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
+        with part("score"):
+            return (low_q @ low_k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
 
     def mask(self, scores: Tensor, call: Call) -> Tensor:
         """Kept blocks of the map, before empty rows are filled."""

@@ -13,7 +13,8 @@ from draftbench import schema
 from draftbench.attention import Method
 
 CONF = Path(__file__).parent.parent / "conf"
-CHOICES = [(p.parent.name, p.stem) for p in sorted(CONF.glob("*/*.yaml")) if p.parent.name != "hydra"]
+OTHERS = ("hydra", "bench")  # bench is the group of another command
+CHOICES = [(p.parent.name, p.stem) for p in sorted(CONF.glob("*/*.yaml")) if p.parent.name not in OTHERS]
 
 
 def compose(*overrides):

@@ -1,0 +1,378 @@
+"""`python -m draftbench.bench bench=attention`: one attention call, our operation against the kernels of others.
+
+Contestants of one shape are timed in turn in one process, CUDA events on a GPU, and each row divides by the fastest
+dense kernel, timed again among them. A timing counts only if the output agreed with float32 attention on sampled rows.
+Rows are appended to the run's folder as they come. Exit codes: 0; 1 if a row or the run failed; 2 if nothing was run;
+130 if interrupted.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_module
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from torch import Tensor
+from tqdm import tqdm
+
+from . import attention_tables, cli, parts, records, schema
+from .cases import SHAPES, Case, Shape, dense_case, sampled_error, sparse_cases, threads
+from .environment import describe
+from .help import CONFIGS
+from .latency import quantiles
+from .models.pocket.prompts import tokens
+from .peers import PACKAGES, Absent, Contestant, Ready, contestants
+
+ROWS = "attention.jsonl"
+LEAST, MOST = 5, 100  # timings a row
+TOLERANCE = {torch.bfloat16: 5e-3, torch.float32: 1e-4}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; errors go to stderr in a line or two."""
+    argv = cli.normalise(list(sys.argv[1:] if argv is None else argv), ["bench"])
+    if {"-h", "--help"} & set(argv):
+        print(page())
+        return 0
+    try:
+        config, folder = configure(argv)
+        jobs = plan(config.bench)
+        claim(folder)
+        bench = Bench(config.bench, folder / ROWS)
+    except Exception as error:
+        _say(cli.message(error, argv, "bench"))
+        return 2
+    code = 0
+    try:
+        bench.run(jobs)
+    except KeyboardInterrupt:
+        _say("interrupted")
+        code = 130
+    except Exception as error:
+        (folder / cli.ERROR).write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        _say(f"{cli.message(error)}\nThe traceback is in {folder / cli.ERROR}")
+        code = 1
+    if bench.rows:
+        text = attention_tables.markdown(bench.rows, folder.name)
+        with records.replacing(folder / "table.md") as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        print(f"\n{text}\nRows and table: {folder}")
+    failed = [row for row in bench.rows if row["status"].startswith("failed")]
+    if failed:
+        _say(f"{len(failed)} of {len(bench.rows)} rows failed")
+    return code or int(bool(failed))
+
+
+def configure(overrides: list[str]) -> tuple[DictConfig, Path]:
+    """The checked config and the run's folder; ValueError or Hydra's errors for what is not allowed."""
+    if flags := [argument for argument in overrides if argument.startswith("-")]:
+        raise ValueError(f"there is no option {flags[0]} (see --help)")
+    with initialize_config_module(CONFIGS, version_base="1.3"):
+        config = compose("bench", overrides, return_hydra_config=True)
+        HydraConfig.instance().set_config(config)
+        folder = Path(config.hydra.run.dir)
+    schema.check_bench(config)
+    return config, folder
+
+
+def plan(config: DictConfig) -> list[tuple[str, list[Contestant]]]:
+    """Each shape asked for and its contestants; ValueError for an unknown one, or what this machine cannot run."""
+    try:
+        tokens(config.prompt)
+    except ValueError as error:
+        raise ValueError(f"bench.prompt: {error}") from error
+    cuda, known = torch.cuda.is_available(), contestants()
+    here = [name for name, shape in SHAPES.items() if name != "tiny" and (cuda or shape.device == "cpu")]
+    shapes = _chosen("bench.shapes", config.shapes, list(SHAPES), here)
+    for name in shapes:
+        if SHAPES[name].device == "cuda" and not cuda:
+            raise ValueError(f"bench.shapes: {name} needs a CUDA GPU, and torch sees none; here: {', '.join(here)}")
+    jobs = []
+    for shape in shapes:
+        fit = [name for name, contestant in known.items() if contestant.device in (None, SHAPES[shape].device)]
+        jobs.append((shape, [known[x] for x in _chosen("bench.contestants", config.contestants, list(known), fit)]))
+    dense = [name for name, contestant in known.items() if contestant.kind == "dense"]
+    if not {"all", *dense} & set(config.contestants):
+        allowed = f"have a dense one to compare with ({', '.join(dense)})"
+        raise ValueError(f"bench.contestants must {allowed}, got {', '.join(config.contestants)}")
+    return jobs
+
+
+def claim(folder: Path) -> None:
+    """Make the run's folder and its empty file of rows; OSError if it cannot be written or has rows of another run."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ROWS).touch(exist_ok=False)
+    except FileExistsError as error:
+        raise OSError(f"hydra.run.dir must be a folder without rows of another run, got {folder}") from error
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"hydra.run.dir must be a folder that can be written, got {folder}: {reason}") from error
+
+
+def _chosen(key: str, names: Sequence[str], known: list[str], everything: list[str]) -> list[str]:
+    for name in names:
+        if name not in (*known, "all"):
+            raise ValueError(f"{key} must be one of all, {', '.join(known)}, got {name!r}")
+    return everything if "all" in names else list(names)
+
+
+@dataclass
+class Entry:
+    """A contestant on a case: what is timed, its row so far, and the milliseconds of one call."""
+
+    ready: Ready
+    row: dict[str, Any]
+    once_ms: float = 0.0
+
+
+class Bench:
+    """One run: its settings, and its rows so far."""
+
+    def __init__(self, config: DictConfig, path: Path):
+        self.config, self.path = config, path
+        self.rows: list[dict[str, Any]] = []
+        self.run_id = records.cell_id({"at": time.time_ns(), "path": str(path.resolve())})
+        self.environment = functools.cache(environment)
+
+    def run(self, jobs: list[tuple[str, list[Contestant]]]) -> None:
+        """Every shape in turn, with its contestants."""
+        for name, chosen in jobs:
+            with torch.no_grad(), threads(SHAPES[name].threads):
+                self.shape(name, SHAPES[name], chosen)
+
+    def shape(self, name: str, shape: Shape, chosen: list[Contestant]) -> None:
+        """The dense kernels, then each sparsity and mask with the fastest of them among its contestants."""
+        everything = dense_case(shape, self.config.prompt, int(self.config.seed))
+        bar = tqdm(desc=name, unit=" rows")
+        dense = [self.enter(name, contestant, everything) for contestant in chosen if contestant.takes(everything)]
+        rows = self.time(shape, dense, None, bar)
+        best = min((row for row in rows if row["status"] == "ok"), key=lambda row: row["ms"]["p50"], default=None)
+        anchor = next((entry for entry in dense if best and entry.row["contestant"] == best["contestant"]), None)
+        for sparsity in self.config.sparsities:
+            masks = self.config.masks if sparsity else ["captured"]  # both keep everything at 0
+            for case in sparse_cases(everything, float(sparsity), masks, int(self.config.seed)):
+                entries = [self.enter(name, contestant, case) for contestant in chosen if contestant.takes(case)]
+                self.time(shape, entries, anchor, bar)
+        bar.close()
+
+    def enter(self, name: str, contestant: Contestant, case: Case) -> Entry:
+        """Prepare a contestant, run it once and check what it computed; its row says what went wrong if anything."""
+        shape = case.shape
+        row = records.new(
+            kind="attention", run=self.run_id, shape=name, shape_settings={**asdict(shape), "dtype": str(shape.dtype)},
+            source={"prompt": self.config.prompt, "seed": int(self.config.seed)}, mask=case.mask,
+            sparsity=case.sparsity, contestant=contestant.name, contestant_kind=contestant.kind,
+            budget_s=float(self.config.budget_s), tolerance=TOLERANCE[shape.dtype], **self.environment(shape.device),
+        )  # fmt: skip
+        names = ("shape", "shape_settings", "source", "mask", "sparsity", "contestant", "device", "versions", "commit")
+        row["cell_id"] = records.cell_id({key: row[key] for key in names})
+        entry = Entry(Ready(lambda: None, lambda: case.plan), row)
+        try:
+            entry.ready = contestant.make(case)
+            check(entry.ready, case, row)
+            entry.once_ms, row["peak_memory_gib"] = second_call(entry.ready, shape)
+            row["status"] = "ok"
+        except Absent as reason:
+            row["status"] = f"absent: {reason}"
+        except Exception as error:  # whatever a package of others raises is a reason
+            row["status"] = f"failed: {_first_line(error)}"
+        return entry
+
+    def time(self, shape: Shape, entries: list[Entry], anchor: Entry | None, bar: tqdm) -> list[dict[str, Any]]:
+        """Time what has passed its check, in turn, and write the rows; dense ones compare with their own fastest."""
+        running = [entry for entry in entries if entry.row["status"] == "ok"]
+        turns = [*running, *([anchor] if anchor and running else [])]
+        budget = 1000 * float(self.config.budget_s)
+        counts = [int(min(max(budget / max(entry.once_ms, 1e-3), LEAST), MOST)) for entry in turns]
+        runs = [_stopwatch(entry.ready.run, shape) for entry in turns]
+        times = in_turn(runs, counts)
+        medians = {}
+        for entry, found in zip(turns, times, strict=True):
+            summary: dict[str, Any] = quantiles(found) if isinstance(found, list) else {}
+            if summary:
+                medians[entry.row["contestant"]] = summary["p50"]
+            if entry is not anchor:  # whose row is written
+                entry.row |= {"ms": summary} if summary else {"status": f"failed: {found}"}
+        dense = [entry.row["contestant"] for entry in turns if entry.row["contestant_kind"] == "dense"]
+        best = min((name for name in dense if name in medians), key=lambda name: medians[name], default=None)
+        for entry in entries:
+            if entry.row["status"] == "ok":
+                if best is not None:
+                    entry.row["dense"] = {"contestant": best, "ms": medians[best]}
+                rate(entry.row, shape)
+                if entry.row["contestant_kind"] == "whole":
+                    entry.row["parts_ms"] = parts_ms(entry.ready, shape)
+            self.rows.append(entry.row)
+            records.append(entry.row, self.path)
+            bar.update()
+        return [entry.row for entry in entries]
+
+
+def environment(device: str) -> dict[str, Any]:
+    """As `draftbench.environment.describe`, with the versions of the peers' packages too."""
+    found = describe(torch.device(device))
+    found["versions"] |= {name.replace("-", "_"): _version(name) for name in PACKAGES}
+    return found
+
+
+def check(ready: Ready, case: Case, row: dict[str, Any]) -> None:
+    """Run once into memory full of NaN, and note the error and the pairs of the plan that was carried out.
+
+    Raises ValueError if the output is off by more than the row's tolerance, in all or in its worst sampled row.
+    """
+    poison(case.q)
+    result = ready.run()
+    carried_out = ready.plan()
+    pairs = case.pairs(carried_out)
+    row["kept_pairs"], row["all_pairs"] = pairs["kept"], pairs["all"]
+    row["density"] = pairs["kept"] / pairs["all"]
+    row["sparsity_achieved"] = 1 - pairs["video"] / pairs["all_video"]
+    row["error"] = sampled_error(ready.output(result), case, carried_out, seed=0)
+    if not max(row["error"]["all"], row["error"]["worst"]) <= row["tolerance"]:
+        raise ValueError(
+            f"wrong output: relative error {row['error']['all']:.2g} over {row['error']['rows']} sampled rows, "
+            f"{row['error']['worst']:.2g} in the worst, above {row['tolerance']:g}"
+        )
+
+
+def poison(like: Tensor, copies: int = 4) -> None:
+    """Leave NaN in the memory that the next tensors of this size are likely to get, so that what a kernel does not
+    write is seen."""
+    if like.device.type == "cuda":
+        torch.cuda.empty_cache()  # or an earlier, right result might be what it finds
+    blocks = [torch.full_like(like, torch.nan) for _ in range(copies)]
+    del blocks
+
+
+def second_call(ready: Ready, shape: Shape) -> tuple[float, float | None]:
+    """Milliseconds of a call that compiles nothing any more, and the GiB it needs beside what was there (GPU only)."""
+    cuda = shape.device == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    ms = _stopwatch(ready.run, shape)()
+    return ms, (torch.cuda.max_memory_allocated() - before) / 2**30 if cuda else None
+
+
+def in_turn(runs: Sequence[Callable[[], float]], counts: Sequence[int]) -> list[list[float] | str]:
+    """Times of each run, as many as its count, in rounds over all of them in alternating direction.
+
+    A run of fewer times is spread over the rounds; one that raises has its reason instead of times.
+    """
+    rounds = max(counts, default=0)
+    times: list[list[float] | str] = [[] for _ in runs]
+    for i in range(rounds):
+        due = [j for j, n in enumerate(counts) if (i + 1) * n // rounds > i * n // rounds]
+        for j in due[:: -1 if i % 2 else 1]:
+            found = times[j]
+            if isinstance(found, list):
+                try:
+                    found.append(runs[j]())
+                except Exception as error:
+                    times[j] = _first_line(error)
+    return times
+
+
+def rate(row: dict[str, Any], shape: Shape) -> None:
+    """TFLOP/s of the kept pairs, and against the dense kernel: the speed-up and the share of the ideal, which is the
+    dense time times the share of pairs kept, over the time."""
+    ms = row["ms"]["p50"]
+    row["tflops"] = 4 * shape.dim * row["kept_pairs"] / ms / 1e9
+    if row["dense"]:
+        row["speedup"] = row["dense"]["ms"] / ms
+        row["ideal_share"] = row["dense"]["ms"] * row["kept_pairs"] / row["all_pairs"] / ms
+
+
+def parts_ms(ready: Ready, shape: Shape, repeats: int = 3) -> dict[str, float]:
+    """Median milliseconds by part, in passes of their own that wait around every part; "rest" is what none covers."""
+    found = []
+    device = torch.device(shape.device)
+    for _ in range(repeats):
+        with parts.collect(device) as collected:
+            start = _now(device)
+            ready.run()
+            total = _now(device) - start
+        found.append({**collected, "rest": total - sum(collected.values())})
+    return {name: quantiles([one[name] for one in found])["p50"] for name in found[0]}
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() * 1000
+
+
+def _stopwatch(run: Callable[[], Any], shape: Shape) -> Callable[[], float]:
+    """`run`, timed, in milliseconds: by CUDA events on an idle GPU, by the clock on a CPU."""
+
+    def timed() -> float:
+        if shape.device != "cuda":
+            start = time.perf_counter()
+            run()
+            return 1000 * (time.perf_counter() - start)
+        torch.cuda.synchronize()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        return float(begin.elapsed_time(end))
+
+    return timed
+
+
+def page() -> str:
+    """The page of --help, from the config's own comments."""
+    text = (files(CONFIGS) / "bench" / "attention.yaml").read_text(encoding="utf-8")
+    about, _, keys = text.partition("\n")
+    lines = [
+        about.lstrip("# "),
+        "",
+        "Usage: python -m draftbench.bench [bench=attention | +bench=attention] [bench.key=value] ...",
+        "  python -m draftbench.bench bench=attention 'bench.shapes=[hunyuan_768p]' 'bench.sparsities=[0.5,0.9]'",
+        "",
+        "Keys under bench. and their defaults",
+        *(f"  {line}" for line in keys.splitlines()),
+        "",
+        f"Shapes: {', '.join(SHAPES)}",
+        "",
+        "Contestants",
+        *(f"  {name:<18}{contestant.about}" for name, contestant in contestants().items()),
+        "",
+        "Rows go to a folder under outputs/ (hydra.run.dir) as they come, and a table at the end.",
+        "`python -m draftbench.records promote FOLDER --name NAME` keeps them; `make tables` makes table and picture.",
+    ]
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str | None:
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def _say(text: str) -> None:
+    sys.stdout.flush()
+    print(f"draftbench: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
