@@ -12,7 +12,7 @@ import importlib.util
 import os
 
 import torch
-from draftbench.kernels import fa4, operators
+from draftbench.kernels import fa4, gluon, operators
 from draftbench.kernels.operators import NAMES
 from torch import Tensor
 
@@ -23,14 +23,14 @@ from ..layout import Layout
 def resolve(name: str, device: torch.device) -> str:
     """The executor that `name` stands for on `device`.
 
-    "auto" is cpu on a CPU; on a GPU triton, behind fa4 if that can run there: "fa4+triton" runs every plan that fa4
-    takes on fa4 and all others on triton. Raises ValueError for an unknown name, RuntimeError, saying what it needs,
-    for one that cannot run on this device.
+    "auto" is cpu on a CPU; on a GPU triton, behind gluon and fa4 where they can run: "gluon+fa4+triton" runs a plan on
+    the first of them that takes it. Raises ValueError for an unknown name, RuntimeError, saying what it needs, for one
+    that cannot run on this device.
     """
     if name == "auto":
         if device.type != "cuda":
             return "cpu"
-        return "triton" if fa4.unavailable(device) else "fa4+triton"
+        return "+".join(part for part in ("gluon", "fa4", "triton") if not _unavailable(part, device))
     if name not in NAMES:
         raise ValueError(f"executor must be one of auto, {', '.join(NAMES)}, got {name!r}")
     reason = _unavailable(name, device)
@@ -41,8 +41,8 @@ def resolve(name: str, device: torch.device) -> str:
 
 def _unavailable(name: str, device: torch.device) -> str | None:
     """Why an executor cannot run on a device at all, or None; imports no kernel."""
-    if name == "fa4":
-        return fa4.unavailable(device)
+    if name in ("fa4", "gluon"):
+        return (fa4 if name == "fa4" else gluon).unavailable(device)
     if name == "cpu" and device.type != "cpu":
         return f"it needs a CPU, got device={device.type}"
     if name == "triton":

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..attention import Plan
 from ..layout import Box, Identity, Index, Layout, Order
 
-NAMES = ("reference", "cpu", "triton", "flex", "fa4")
+NAMES = ("reference", "cpu", "triton", "gluon", "flex", "fa4")
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor q_offsets, Tensor kv_offsets, Tensor counts, Tensor blocks,"
     " Tensor? q_index, Tensor? kv_index, int[] q_box, int[] kv_box, int q_block, int kv_block, int[] grid, int text)"

@@ -225,7 +225,7 @@ GRIDS = {
     "even": (4, 16, 32), "ragged_t": (5, 16, 32), "ragged_h": (4, 17, 32), "ragged_w": (4, 16, 37),
     "one_frame": (1, 16, 32), "one_block": (2, 4, 8),
 }  # fmt: skip
-BOXES = {64: Box(2, 4, 8), 128: Box(2, 8, 8), 256: Box(4, 8, 8)}
+BOXES = {64: Box(2, 4, 8), 128: Box(2, 8, 8), "8x16": Box(1, 8, 16), 256: Box(4, 8, 8)}
 
 
 def pairwise(axes):
@@ -240,15 +240,17 @@ def pairwise(axes):
         yield tuple(best.values())
 
 
-FA4 = AXES | {"block": [128], "dtype": [torch.bfloat16, torch.float16]}
+HOPPER = AXES | {"block": [128, "8x16"], "dtype": [torch.bfloat16, torch.float16]}
 PAIRS = {
     "triton": list(pairwise(AXES)),
-    "fa4": [*pairwise(FA4), (256, 128, torch.bfloat16, "ragged_h", 77, "unequal", 2)],
+    "gluon": list(pairwise(HOPPER)),
+    "fa4": [*pairwise(HOPPER), (256, 128, torch.bfloat16, "ragged_h", 77, "unequal", 2)],
     "flex": list(pairwise(AXES))[::5],  # it compiles for seconds at each shape
 }
 IN_FULL = {
     "triton": list(itertools.product(*AXES.values())),
-    "fa4": list(itertools.product(*(FA4 | {"block": [128, 256]}).values())),
+    "gluon": list(itertools.product(*HOPPER.values())),
+    "fa4": list(itertools.product(*(HOPPER | {"block": [128, "8x16", 256]}).values())),
     "flex": list(pairwise(AXES)),
 }
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]

@@ -22,7 +22,7 @@ GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 README = (Path(__file__).parent.parent / "README.md").read_text()
 on_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA device")
-each_executor = pytest.mark.parametrize("name", ["triton", "fa4", "flex"])
+each_executor = pytest.mark.parametrize("name", ["triton", "gluon", "fa4", "flex"])
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
 
 
@@ -90,15 +90,16 @@ def test_what_an_executor_needs_is_said_before_a_run(monkeypatch):
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(fa4, "installed", lambda: False)
-    assert resolve("auto", cuda) == "triton" and resolve("auto", torch.device("cpu")) == "cpu"
+    assert resolve("auto", cuda) == "gluon+triton" and resolve("auto", torch.device("cpu")) == "cpu"
     with pytest.raises(RuntimeError, match=r"executor=fa4 .* pip install 'draftbench\[hopper\]'"):
         resolve("fa4", cuda)
     monkeypatch.setattr(fa4, "installed", lambda: True)
-    assert resolve("auto", cuda) == "fa4+triton" and resolve("fa4", cuda) == "fa4"
+    assert resolve("auto", cuda) == "gluon+fa4+triton" and resolve("fa4", cuda) == "fa4"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     assert resolve("auto", cuda) == "triton"
-    with pytest.raises(RuntimeError, match=r"executor=fa4 .* Hopper GPU .* got 8\.0"):
-        resolve("fa4", cuda)
+    for name in ("fa4", "gluon"):
+        with pytest.raises(RuntimeError, match=rf"executor={name} .* Hopper GPU .* got 8\.0"):
+            resolve(name, cuda)
     with pytest.raises(RuntimeError, match=r"executor=fa4 .* needs a CUDA device"):
         resolve("fa4", torch.device("cpu"))
 
@@ -121,15 +122,17 @@ def test_the_readme_tells_what_an_executor_takes(name, monkeypatch):
 
     def takes(dtype=torch.bfloat16, dim=64, block=128):
         q = SimpleNamespace(device=device, dtype=dtype, shape=(1, 256, 2, dim), is_cuda=device.type == "cuda")
-        plan = SimpleNamespace(q_block=block, kv_block=block, q_order=Identity(), kv_order=Identity())
+        starts = torch.zeros(1, 1, 3)
+        plan = Plan(starts, starts, starts, starts, block, block, Identity(), Identity())
         return refuse(q, plan) is None
 
     said = set(re.findall(r"\w+\d+", row["dtypes"])) or set(DTYPES)
     assert {key for key, dtype in DTYPES.items() if takes(dtype)} == said
     dims = {int(x) for x in re.findall(r"\d+", row["head dims"])}
     assert {dim for dim in (16, 32, 64, 80, 128, 256) if takes(dim=dim)} == (dims or {16, 32, 64, 80, 128, 256})
-    step = int((re.findall(r"\d+", row["blocks"]) or [1])[0])
-    assert [takes(block=block) for block in (48, 64, 128, 256)] == [b % step == 0 for b in (48, 64, 128, 256)]
+    step, sizes = int((re.findall(r"\d+", row["blocks"]) or [1])[0]), (48, 64, 128, 256)
+    whole = row["blocks"] == "any" or row["blocks"].startswith("multiples of ")
+    assert [takes(block=size) for size in sizes] == [size % step == 0 if whole else size == step for size in sizes]
 
 
 SHAPES = {"even": ((4, 16, 32), 0), "ragged": ((3, 20, 40), 77)}

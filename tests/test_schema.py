@@ -75,7 +75,7 @@ BAD = [
     ({"seeds": [2**31]}, f"got {2**31}"),
     ({"batch": 0}, "batch must be an integer of at least 1, got 0"),
     ({"device": "tpu"}, "device must be one of auto, cpu, cuda, got 'tpu'"),
-    ({"executor": "nope"}, "executor must be one of auto, reference, cpu, triton, flex, fa4, got 'nope'"),
+    ({"executor": "nope"}, "executor must be one of auto, reference, cpu, triton, gluon, flex, fa4, got 'nope'"),
     ({"dense": 3}, "dense must be keys and values, got 3"),
     ({"dense.steps": 1.5}, "dense.steps must be a number in [0, 1], got 1.5"),
     ({"dense.timestep": -1}, "dense.timestep must be null or a number of at least 0, got -1"),

@@ -1,0 +1,48 @@
+"""The Gluon kernels compile for a Hopper GPU, without one; what they compute is tested on one (test_executors.py)."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+COMPILE = """
+import triton
+from draftbench.kernels import gluon_forward as kernels
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+def described(dtype, *box):
+    return f"tensordesc<{dtype}{list(box)},{gl.NVMMASharedLayout(128, 16, rank=len(box))!r}>"
+
+dtype, dim, box, half = CASE
+signature = dict(zip(("q", "k", "v", "out"), ((half, 64), (box, 128), (box, 128), (half, 64))))
+video = {f"{name}_video": described(dtype, 1, *part, 64) for name, (part, _) in signature.items()}
+text = {f"{name}_text": described(dtype, 1, rows, 64) for name, (_, rows) in signature.items()}
+pointers = dict.fromkeys(("ROWS", "COUNTS", "WHOLE", "BLOCKS", "STARTS"), "*i32")
+numbers = dict.fromkeys(("heads", "q_blocks", "capacity", "length", "T", "Y", "X"), "i32")
+fixed = dict(BOX=box, HALF=half, D=dim, STAGES=3)
+source = GluonASTSource(
+    kernels.attention,
+    {**video, **text, "LSE": "*fp32", **pointers, "scale": "fp32", **numbers, **dict.fromkeys(fixed, "constexpr")},
+    fixed,
+)
+made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4, maxnreg=168))
+assert made.metadata.shared <= 227 * 1024, made.metadata.shared
+assert made.asm["ptx"].count("wgmma.mma_async") > 0 and "setmaxnreg" in made.asm["ptx"]
+print("compiled", len(made.asm["cubin"]))
+"""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [("bf16", 128, (1, 8, 16), (1, 4, 16)), ("fp16", 64, (2, 8, 8), (1, 8, 8)), ("bf16", 64, (1, 1, 128), (1, 1, 64))],
+    ids=["8x16", "2x8x8", "as_they_come"],
+)
+def test_it_compiles(case, tmp_path):
+    script = tmp_path / "compiled.py"  # Triton reads the source of its kernels from files
+    script.write_text(COMPILE.replace("CASE", repr(case)))
+    env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    ran = subprocess.run([sys.executable, "-P", script], capture_output=True, text=True, env=env, check=False)
+    assert ran.stdout.startswith("compiled"), ran.stderr
