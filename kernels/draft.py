@@ -1,15 +1,16 @@
 """What draft attention does beside the attention itself, as Triton kernels: pool, select, list, and reorder.
 
 `select.py` is the reference and chooses between the two; given the same scores both keep the same blocks. Nothing
-synchronises with the host or depends on the data's values in shape, so a plan can be captured in a CUDA graph.
+synchronises with the host or depends on the data's values in shape, so a plan can be captured in a CUDA graph once a
+first call has compiled the kernels and cached the sizes of the boxes on the device.
 
 Floors in bytes at 33x48x80 tokens in 990 boxes, 24 heads of 128, bfloat16 (778 MB a tensor) and 4.3 TB/s:
 
 - `pool` reads q and k once, 1.56 GB: .36 ms. Ordered copies of q, k and v made on the way (`pool_and_order`) read and
   write 2.33 GB each: 1.1 ms; `restore` reads and writes one tensor: .36 ms.
 - Scores (`select.draft_map`) are torch's own: 6 GFLOP in float32 without TF32, .1 ms at 60 TFLOP/s, and a softmax that
-  reads and writes 94 MB, .04 ms. A fused kernel would save the softmax's pass and need each product twice, or three
-  TF32 products for one; cuBLAS wins either way.
+  reads and writes 94 MB, .04 ms. A fused kernel would save that pass, but Triton has float32 products only as slow
+  multiply-adds or as three TF32 products, and would form each twice where a row of the map does not fit a tile.
 - `select` reads the 94 MB once, .02 ms: a sample brackets each head's threshold (`_bracket`), one pass adds up what
   lies above the bracket and lists what lies in it (`_split`), and the exact threshold is searched for in that list
   (`_finish`). A radix selection would read the map three or four times and build histograms. Where the sample misled,
@@ -48,7 +49,7 @@ LAUNCH = {
 def pool(x: Tensor, box: Box, grid: tuple[int, int, int], how: str = "average") -> Tensor:
     """As `select.pool`: mean or maximum over each box, [B, S, H, D] -> float32 [B, H, boxes, D]."""
     x = _last_contiguous(x)
-    low = torch.empty(x.shape[0], x.shape[2], math.prod(box.counts(grid)), x.shape[3], device=x.device)
+    low = _low(x, box, grid)
     _walk(x, x, low, box, Layout(grid), how=how)
     return low
 
@@ -68,7 +69,7 @@ def pool_and_order(
     for x, pooled in ((q, True), (k, True), (v, False)):
         x = _last_contiguous(x)
         copy = x.new_empty(x.shape[0], _ordered_length(x.shape[1], box, layout, pad), *x.shape[2:])
-        low = torch.empty(x.shape[0], x.shape[2], math.prod(box.counts(layout.grid)), x.shape[3], device=x.device)
+        low = _low(x, box, layout.grid) if pooled else copy  # v's is never written
         _walk(x, copy, low, box, layout, how=how if pooled else "", move="order", pad=pad)
         copies.append(copy)
         lows.append(low)
@@ -155,6 +156,11 @@ def _starts(box: Box, grid: tuple[int, int, int], pad: bool, device: torch.devic
     return torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).int()
 
 
+def _low(x: Tensor, box: Box, grid: tuple[int, int, int]) -> Tensor:
+    shape = (x.shape[0], x.shape[2], math.prod(box.counts(grid)), x.shape[3])
+    return torch.empty(shape, dtype=torch.float32, device=x.device)
+
+
 def _ordered_length(length: int, box: Box, layout: Layout, pad: bool) -> int:
     """Rows of an ordered copy of `length` tokens."""
     slots = math.prod(box.counts(layout.grid)) * box.t * box.h * box.w if pad else layout.video
@@ -222,12 +228,11 @@ def _boxes(
             if HOW == "max":
                 pooled = tl.maximum(pooled, tl.where(here, value.to(tl.float32), -float("inf")))
     size = t_size * y_size * x_size
-    if HOW != "":
-        low = tl.max(pooled, 0) if HOW == "max" else tl.sum(pooled, 0) / size
-        at = LOW + ((b * heads + h) * boxes + box) * D + d
+    if HOW != "":  # noqa: SIM102 (decided when compiling, the next one is not)
         if box < boxes:
-            tl.store(at, low, mask=inside)
-    if PAD and MOVE == "order":  # noqa: SIM102 (decided when compiling, the next one is not)
+            low = tl.max(pooled, 0) if HOW == "max" else tl.sum(pooled, 0) / size
+            tl.store(LOW + ((b * heads + h) * boxes + box) * D + d, low, mask=inside)
+    if PAD and MOVE == "order":  # noqa: SIM102 (as above)
         if (box < boxes) & (size < BLOCK):
             for first in range(0, BLOCK, R):
                 r = first + tl.arange(0, R)
@@ -241,7 +246,7 @@ def _bracket(SCORES, SIZES, BRACKET, n, more, less, SAMPLES: tl.constexpr):
     """The bits [slots, 2] down to which the shares `more` and `less` of a head's pairs lie, judged by a sample."""
     slot = tl.program_id(0).to(tl.int64)
     share = tl.where(tl.program_id(1) == 0, more, less)
-    total = n.to(tl.int64) * n
+    total = tl.cast(n, tl.int64) * n
     # A golden-ratio sequence: even over the map, whatever n is.
     at = (tl.arange(0, SAMPLES).to(tl.int64) * 2654435769 % 4294967296) * total >> 32
     bits = tl.load(SCORES + slot * total + at).to(tl.int32, bitcast=True)
