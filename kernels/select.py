@@ -1,9 +1,12 @@
 """From scores over blocks to kept-block lists: what the block-selecting methods share.
 
-Nothing here synchronises with the host.
+Plain torch, the reference and the way on a CPU; what `fast` allows goes to the kernels in `draft.py` instead. Nothing
+here synchronises with the host.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -13,16 +16,25 @@ from ..layout import Box, Identity, Order, box_sizes, even_sizes, offsets
 from ..parts import part
 
 
+def fast(x: Tensor) -> bool:
+    """Whether the Triton kernels take x: any tensor on a GPU but float64. Decided by nothing else, and nowhere else."""
+    return x.device.type == "cuda" and x.dtype != torch.float64
+
+
 @part("pool")
 def pool(x: Tensor, box: Box, grid: tuple[int, int, int], how: str = "average") -> Tensor:
     """Mean or maximum of video tokens over each box, a smaller box at the edges: [B, S, H, D] -> [B, H, boxes, D].
 
     Float32; text tokens, which lie behind the video, are ignored.
     """
+    if fast(x):
+        from draftbench.kernels import draft
+
+        return draft.pool(x, box, grid, how)
     batch, _, heads, dim = x.shape
     frames, height, width = grid
     video = x[:, : frames * height * width].float().permute(0, 2, 3, 1).reshape(batch, heads * dim, *grid)
-    size = (box.t, box.h, box.w)
+    size = tuple(min(side) for side in zip((box.t, box.h, box.w), grid, strict=True))  # no larger than the grid
     if how == "average":
         pooled = torch.nn.functional.avg_pool3d(video, size, size, ceil_mode=True, count_include_pad=False)
     else:
@@ -30,24 +42,38 @@ def pool(x: Tensor, box: Box, grid: tuple[int, int, int], how: str = "average") 
     return pooled.reshape(batch, heads, dim, -1).transpose(2, 3)
 
 
+@part("score")
+def draft_map(low_q: Tensor, low_k: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) of pooled q and k [B, H, n, D]: float32 [B, H, n, n], rows summing to one."""
+    batch, heads, _, dim = low_q.shape
+    low_q, low_k = low_q.flatten(0, 1), low_k.flatten(0, 1)
+    # The scale within the product: alone it would be one more pass over the map.
+    scores = torch.baddbmm(low_q.new_empty(1, 1, 1), low_q, low_k.mT, beta=0, alpha=dim**-0.5)
+    return scores.softmax(-1).unflatten(0, (batch, heads))
+
+
+def pair_budget(sparsity: float, box: Box, grid: tuple[int, int, int]) -> int:
+    """How many token pairs a map of n x n boxes may keep.
+
+    All but int(sparsity * n * n) blocks, or, where boxes at the grid's edge are smaller, a share 1 - sparsity of pairs.
+    """
+    if all(n % b == 0 for n, b in zip(grid, (box.t, box.h, box.w), strict=True)):
+        total = math.prod(box.counts(grid)) ** 2
+        return (total - int(sparsity * total)) * (box.t * box.h * box.w) ** 2
+    return int((1 - sparsity) * math.prod(grid) ** 2)
+
+
 @part("select")
 def keep_over_threshold(scores: Tensor, sparsity: float, box: Box, grid: tuple[int, int, int]) -> Tensor:
-    """Keep the highest of each head's map [B, H, n, n] down to one threshold; ties at it are kept.
+    """Keep the highest of each head's map [B, H, n, n] for as long as their pairs fit `pair_budget`.
 
-    Drops int(sparsity * n * n) blocks; where boxes at the grid's edge are smaller, the blocks of the lowest scores that
-    hold a share `sparsity` of the token pairs.
+    One threshold a head; ties at it are kept in the order of the map (row by row), as far as they fit.
     """
-    flat = scores.flatten(2)
-    total = flat.shape[-1]
-    if all(n % b == 0 for n, b in zip(grid, (box.t, box.h, box.w), strict=True)):
-        threshold = flat.topk(total - int(sparsity * total), dim=-1, sorted=False).values.amin(-1)
-    else:
-        sizes = box_sizes(box, grid, scores.device).double()
-        ranked, where = flat.sort(-1, descending=True)
-        pairs = (sizes[:, None] * sizes).flatten()[where].cumsum(-1)
-        last = (pairs <= (1 - sparsity) * pairs[..., -1:]).sum(-1).clamp(1, total) - 1
-        threshold = ranked.gather(-1, last[..., None])[..., 0]
-    return scores >= threshold[..., None, None]
+    sizes = box_sizes(box, grid, scores.device).long()
+    ranked = scores.flatten(2).argsort(dim=-1, descending=True, stable=True)
+    pairs = (sizes[:, None] * sizes).flatten()[ranked].cumsum(-1)
+    kept = pairs <= pair_budget(sparsity, box, grid)
+    return torch.empty_like(kept).scatter_(-1, ranked, kept).view(scores.shape)
 
 
 @part("select")
@@ -66,8 +92,16 @@ def fill_empty_rows(mask: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @part("list")
-def lists(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts [B, H, n] and block indices [B, H, n, m], kept ones first and ascending, int32, of a bool mask."""
+def lists(mask: Tensor, text: int = 0) -> tuple[Tensor, Tensor]:
+    """Counts [B, H, m] and block indices [B, H, m, m], kept ones first and ascending, int32.
+
+    Of a bool mask [B, H, n, n] and `text` blocks behind it that every row and column keeps; m = n + text.
+    """
+    if fast(mask):
+        from draftbench.kernels import draft
+
+        return draft.mask_lists(mask, text)
+    mask = torch.nn.functional.pad(mask, (0, text, 0, text), value=True)
     return mask.sum(-1, dtype=torch.int32), (~mask).to(torch.int8).argsort(dim=-1, stable=True).int()
 
 
@@ -76,9 +110,27 @@ def plan_from_mask(
 ) -> Plan:
     """A plan from kept video blocks [B, H, n, n] of `sizes` tokens in `order`; text rows and columns stay dense."""
     starts = offsets(sizes, call.layout, call.text_lengths, block)
-    text = starts.shape[-1] - 1 - mask.shape[-1]
-    counts, blocks = lists(torch.nn.functional.pad(mask, (0, text, 0, text), value=True))
+    counts, blocks = lists(mask, starts.shape[-1] - 1 - mask.shape[-1])
     return Plan(starts, starts, counts, blocks, block, block, order, order, fallbacks)
+
+
+def threshold_plan(scores: Tensor, sparsity: float, box: Box, call: Call) -> Plan:
+    """The plan of `keep_over_threshold`, rows that keep nothing filled, for boxes in grid order.
+
+    scores: float32 [B, H, n, n], none below 0.
+    """
+    if not fast(scores):
+        mask, fallbacks = fill_empty_rows(keep_over_threshold(scores, sparsity, box, call.layout.grid), scores)
+        return box_plan(mask, box, call, fallbacks)
+    from draftbench.kernels import draft
+
+    block = box.t * box.h * box.w
+    starts = offsets(box_sizes(box, call.layout.grid, scores.device), call.layout, call.text_lengths, block)
+    with part("select"):
+        cuts = draft.select(scores, sparsity, box, call.layout.grid)
+    with part("list"):
+        counts, blocks, fallbacks = draft.lists(scores, cuts, starts.shape[-1] - 1 - scores.shape[-1])
+    return Plan(starts, starts, counts, blocks, block, block, box, box, fallbacks)
 
 
 def full_plan(call: Call, heads: int, block: int = 128) -> Plan:

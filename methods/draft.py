@@ -13,9 +13,16 @@ import torch
 from torch import Tensor
 
 from ..attention import Call, Method, Plan
-from ..kernels.select import box_plan, fill_empty_rows, keep_over_threshold, keep_per_row, pool
+from ..kernels.select import (
+    box_plan,
+    draft_map,
+    fill_empty_rows,
+    keep_over_threshold,
+    keep_per_row,
+    pool,
+    threshold_plan,
+)
 from ..layout import Box
-from ..parts import part
 
 
 @dataclass
@@ -42,9 +49,7 @@ class Draft(Method):
 
     def scores(self, q: Tensor, k: Tensor, call: Call) -> Tensor:
         """The draft map [B, H, regions, regions], rows summing to one."""
-        low_q, low_k = (pool(x, self.box, call.layout.grid, self.pool) for x in (q, k))
-        with part("score"):
-            return (low_q @ low_k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
+        return draft_map(*(pool(x, self.box, call.layout.grid, self.pool) for x in (q, k)))
 
     def mask(self, scores: Tensor, call: Call) -> Tensor:
         """Kept blocks of the map, before empty rows are filled."""
@@ -64,5 +69,8 @@ class Draft(Method):
     def plan(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Plan:
         """See `Method.plan`."""
         scores = self.scores(q, k, call)
+        if not (self.per_row or self.first_frame_sink or self.same_frame):
+            return threshold_plan(scores, self.sparsity, self.box, call)
+        # These three are masks in plain torch on every device.
         mask, fallbacks = fill_empty_rows(self.mask(scores, call), scores)
         return box_plan(mask, self.box, call, fallbacks)
