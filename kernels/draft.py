@@ -38,11 +38,11 @@ LISTED = 1 / 8  # of a sampled map that the list of what is in the bracket has r
 BEYOND = tl.constexpr(0x7F800001)  # above the bits of every float32 from 0 to infinity
 # Launch parameters: rows x columns of a tile, elements of a tile, warps.
 LAUNCH = {
-    "boxes": {"R": 32, "C": 256, "num_warps": 4},
+    "boxes": {"R": 16, "C": 512, "num_warps": 4},
     "bracket": {"num_warps": 16},
-    "split": {"TILE": 4096, "num_warps": 8},
-    "finish": {"TILE": 8192, "num_warps": 16},
-    "list": {"COLS": 1024, "num_warps": 4},
+    "split": {"TILE": 1024, "num_warps": 4},
+    "finish": {"TILE": 2048, "num_warps": 32},
+    "list": {"COLS": 512, "num_warps": 1},
 }
 
 

@@ -174,9 +174,21 @@ def _copies(arguments, BOX: gl.constexpr, HALF: gl.constexpr, D: gl.constexpr, S
 
 
 @gluon.jit
-def _in_thread_sum(p):
-    """Row sums short of the last step, over the four threads that share a row: [M, N] -> [M, 4]."""
-    return gl.sum(gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 4, 2]), 3), 1)
+def _grouped(x):
+    """[M, N] as [M, 4, N // 32, 4, 2]: all but the fourth axis lies within a thread."""
+    return x.reshape([x.shape[0], 4, x.shape[1] // 32, 4, 2])
+
+
+@gluon.jit
+def _in_thread_sum(x):
+    """Row sums short of the last step, over the four threads that share a row: [M, N] -> [M, 4]; short chains."""
+    return gl.sum(gl.sum(gl.sum(_grouped(x), 4), 2), 1)
+
+
+@gluon.jit
+def _row_max(x, layout: gl.constexpr):
+    """Row maxima [M, N] -> [M]; in short chains, where one reduction would be one long chain."""
+    return gl.convert_layout(gl.max(gl.max(gl.max(gl.max(_grouped(x), 4), 2), 1), 1), layout)
 
 
 @gluon.jit
@@ -209,7 +221,7 @@ def _rows(
         mbarrier.arrive(empty.index(0))
         if whole == 0:
             s = gl.where(_real(gl.load(blocks), places, starts, grid, boxes, BOX)[None, :], s, -float("inf"))
-        top = gl.max(s, 1) * scale  # finite: a block in the list has a token
+        top = _row_max(s, rows_layout) * scale  # finite: a block in the list has a token
         p32 = gl.exp2(s * scale - top[:, None])
         sums = _in_thread_sum(p32)
         p = gl.convert_layout(p32.to(dtype), p_layout)
@@ -225,7 +237,7 @@ def _rows(
                 if masked:
                     real = _real(gl.load(blocks + j), places, starts, grid, boxes, BOX)
                     s = gl.where(real[None, :], s, -float("inf"))
-                new = gl.maximum(top, gl.max(s, 1) * scale)
+                new = gl.maximum(top, _row_max(s, rows_layout) * scale)
                 decay = gl.exp2(top - new)
                 p32 = gl.exp2(s * scale - new[:, None])
                 faded = sums * gl.convert_layout(decay, gl.SliceLayout(1, sums.type.layout))[:, None]

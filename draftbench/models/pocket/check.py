@@ -26,7 +26,7 @@ from .sampler import initial_noise, sample
 from .train import FRAMES, parse, render, resize
 
 # Token grid, sampler steps, shift and guidance that the model is checked at: those of conf/model.
-GRIDS = {"small": ((8, 16, 24), 8, 1.0, 3.0), "large": ((16, 32, 48), 20, 3.0, 3.0)}
+GRIDS = {"small": ((8, 16, 24), 8, 1.0, 3.0), "large": ((16, 32, 48), 20, 3.0, 4.5)}
 
 
 @dataclass
