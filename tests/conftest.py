@@ -1,7 +1,15 @@
 """A random network of pocket's anatomy, and configs that run it in a moment."""
 
+import itertools
+import os
+import random
+
 import pytest
 import torch
+
+# Triton reads it when it is first imported, by whichever test that is.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
 from hydra import compose, initialize_config_module
 
 from draftbench import schema
@@ -9,6 +17,28 @@ from draftbench.models.pocket.model import PocketConfig, PocketDiT
 from draftbench.models.pocket.train import save
 
 LAYERS = 2
+
+
+def pairwise(axes):
+    """Few rows, as tuples, that hold every pair of values of two axes; axes: {name: values}."""
+    draw = random.Random(0)
+    left = {((a, x), (b, y)) for a, b in itertools.combinations(axes, 2) for x in axes[a] for y in axes[b]}
+    while left:
+        (a, x), (b, y) = min(left, key=repr)
+        rows = [{name: draw.choice(values) for name, values in axes.items()} | {a: x, b: y} for _ in range(100)]
+        best = max(rows, key=lambda row: len(left.intersection(itertools.combinations(row.items(), 2))))
+        left -= set(itertools.combinations(best.items(), 2))
+        yield tuple(best.values())
+
+
+def pytest_generate_tests(metafunc):
+    """`@pytest.mark.pairs(a=[...], b=[...])`: pairs of values by default, the other combinations as `full`."""
+    marker = metafunc.definition.get_closest_marker("pairs")
+    if marker:
+        few = list(dict.fromkeys(pairwise(marker.kwargs)))
+        rest = [row for row in itertools.product(*marker.kwargs.values()) if row not in few]
+        rows = [*few, *(pytest.param(*row, marks=pytest.mark.full) for row in rest)]
+        metafunc.parametrize(list(marker.kwargs), rows, ids=lambda value: str(value).removeprefix("torch."))
 
 
 @pytest.fixture(scope="session")

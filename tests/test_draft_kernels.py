@@ -1,9 +1,5 @@
 """The Triton kernels of draft attention keep exactly the blocks that the torch reference keeps."""
 
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "0" if __import__("torch").cuda.is_available() else "1")
-
 from types import SimpleNamespace
 
 import pytest
@@ -34,19 +30,22 @@ def on_reference(monkeypatch):
     monkeypatch.setattr(select, "fast", lambda x: False)
 
 
-@pytest.fixture(params=["all", "sampled", "misled", "overflowing"])
-def path(request, monkeypatch):
+@pytest.fixture
+def on_path(monkeypatch):
     """The ways through `draft.select`: all of a map listed, a bracket from a sample, and what is done if that fails."""
-    monkeypatch.setitem(draft.LAUNCH, "split", draft.LAUNCH["split"] | {"TILE": 256})
-    monkeypatch.setitem(draft.LAUNCH, "finish", draft.LAUNCH["finish"] | {"TILE": 512})
-    monkeypatch.setitem(draft.LAUNCH, "list", draft.LAUNCH["list"] | {"COLS": 32})
-    if request.param != "all":
-        monkeypatch.setattr(draft, "SAMPLES", 16)
-    if request.param == "misled":  # a bracket of no width, nowhere near
-        monkeypatch.setattr(draft, "DEVIATIONS", 0)
-    if request.param == "overflowing":
-        monkeypatch.setattr(draft, "LISTED", 0.0)
-    return request.param
+
+    def take(path):
+        monkeypatch.setitem(draft.LAUNCH, "split", draft.LAUNCH["split"] | {"TILE": 256})
+        monkeypatch.setitem(draft.LAUNCH, "finish", draft.LAUNCH["finish"] | {"TILE": 512})
+        monkeypatch.setitem(draft.LAUNCH, "list", draft.LAUNCH["list"] | {"COLS": 32})
+        if path != "all":
+            monkeypatch.setattr(draft, "SAMPLES", 16)
+        if path == "misled":  # a bracket of no width, nowhere near
+            monkeypatch.setattr(draft, "DEVIATIONS", 0)
+        if path == "overflowing":
+            monkeypatch.setattr(draft, "LISTED", 0.0)
+
+    return take
 
 
 def maps(kind, n):
@@ -70,10 +69,14 @@ def kept(counts, blocks):
     return mask.scatter_(-1, torch.where(live, blocks, blocks.shape[-1]).long(), True)[..., :-1]
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.95])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", ["even", "ragged_all", "one_block"])
-def test_the_same_blocks_are_kept(case, kind, sparsity, path):
+@pytest.mark.pairs(
+    case=["even", "ragged_all", "one_block"],
+    kind=KINDS,
+    sparsity=[0.0, 0.5, 0.95],
+    path=["all", "sampled", "misled", "overflowing"],
+)
+def test_the_same_blocks_are_kept(case, kind, sparsity, path, on_path):
+    on_path(path)
     grid, box, _ = CASES[case]
     n = len(box_sizes(box, grid, DEVICE))
     scores = maps(kind, n)
@@ -107,9 +110,9 @@ def tokens(layout, batch, heads, dim, dtype):
     return [torch.randn(batch, layout.length, heads, dim, device=DEVICE).to(dtype) for _ in range(3)]
 
 
-@pytest.mark.parametrize("how", ["average", "max"])
-@pytest.mark.parametrize("dtype, dim", [(torch.float32, 16), (torch.float16, 48), (torch.bfloat16, 64)], ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.pairs(
+    case=list(CASES), dtype=[torch.float32, torch.float16, torch.bfloat16], dim=[16, 48, 64], how=["average", "max"]
+)
 def test_pooled_values(case, dtype, dim, how):
     grid, box, text = CASES[case]
     layout = Layout(grid, max(text))
@@ -121,9 +124,7 @@ def test_pooled_values(case, dtype, dim, how):
     assert torch.equal(draft.pool(wide, box, grid, how), draft.pool(q, box, grid, how))
 
 
-@pytest.mark.parametrize("pad", [False, True], ids=["packed", "padded"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.pairs(case=list(CASES), dtype=[torch.float32, torch.bfloat16], pad=[False, True])
 def test_order_and_restore(case, dtype, pad):
     grid, box, text = CASES[case]
     layout = Layout(grid, max(text))

@@ -1,14 +1,11 @@
 """Every executor gives the reference's output and LSE for any plan, and density is what its lists execute."""
 
 import itertools
-import os
 import random
 import shutil
 import sys
 from types import ModuleType
 from typing import NamedTuple
-
-os.environ.setdefault("TRITON_INTERPRET", "0" if __import__("torch").cuda.is_available() else "1")
 
 import pytest
 import torch

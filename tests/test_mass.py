@@ -1,9 +1,5 @@
 """The attention mass between boxes, in torch and in Triton, is the softmax summed in float64."""
 
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "0" if __import__("torch").cuda.is_available() else "1")
-
 from types import SimpleNamespace
 
 import pytest

@@ -1,12 +1,9 @@
 """Executors as PyTorch operators: their contract, CUDA graphs, no waiting for the device, no S x S memory."""
 
 import dataclasses
-import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
-
-os.environ.setdefault("TRITON_INTERPRET", "0" if __import__("torch").cuda.is_available() else "1")
 
 import pytest
 import torch
