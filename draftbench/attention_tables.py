@@ -75,7 +75,7 @@ def short(rows: Sequence[Row]) -> str:
             at = f"{shape}, {level:.0%}"
             lines[f"{at}: share of the ideal, whole operation"] = [_value(row, "ideal_share", ".2f") for row in whole]
             lines[f"{at}: speed-up over dense, whole operation"] = [_value(row, "speedup", ".2f") for row in whole]
-            lines[f"{at}: ms of all but the kernel"] = [_beside(row) for row in whole]
+            lines[f"{at}: ms beyond the kernel alone"] = [_beyond(a, b) for a, b in zip(whole, kernel, strict=True)]
             lines[f"{at}: TFLOP/s of the kernel, captured"] = [_value(row, "tflops", ".3g") for row in kernel]
             lines[f"{at}: time a pair, captured over balanced"] = [
                 _skew(a, b) for a, b in zip(kernel, even, strict=True)
@@ -140,6 +140,8 @@ def figure(rows: Sequence[Row], path: Path, digest: str) -> None:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ImportError("pictures need matplotlib: pip install 'draftbench[figures]'") from error
+    import numpy as np
+
     check_same(rows, path.stem)
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     picture = Figure(figsize=(6.4 * len(shapes), 5.2), layout="constrained")
@@ -154,7 +156,10 @@ def figure(rows: Sequence[Row], path: Path, digest: str) -> None:
         ideal = {row["sparsity"]: row for row in here if row["mask"] in ("dense", "captured") and row["dense"]}
         line = [(r["sparsity_achieved"], r["dense"]["ms"] * r["density"]) for _, r in sorted(ideal.items())]
         if line:
-            axes.plot(*zip(*line, strict=True), "k--", label="ideal: dense time x kept pairs", linewidth=1)
+            known = list(zip(*line, strict=True))
+            fine = [known[0][0] + (known[0][-1] - known[0][0]) * i / 200 for i in range(201)]  # straight, but in log
+            label = "ideal: dense time x kept pairs"
+            axes.plot(fine, np.interp(fine, *known), "k--", label=label, linewidth=1)
         axes.set(title=shape, xlabel="sparsity achieved", ylabel="ms", yscale="log")
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=7)
@@ -171,11 +176,9 @@ def _value(row: Row | None, name: str, form: str) -> str:
     return "-" if row is None or row[name] is None else format(row[name], form)
 
 
-def _beside(row: Row | None) -> str:
-    """Milliseconds of a whole operation's parts but its kernel, with what no part covers."""
-    if row is None or not row["parts_ms"]:
-        return "-"
-    return f"{sum(ms for name, ms in row['parts_ms'].items() if name != 'kernel'):.2f}"
+def _beyond(whole: Row | None, kernel: Row | None) -> str:
+    """Milliseconds of a whole operation less those of its executor alone on the same blocks, both timed in turn."""
+    return "-" if whole is None or kernel is None else f"{whole['ms']['p50'] - kernel['ms']['p50']:.2f}"
 
 
 def _skew(captured: Row | None, balanced: Row | None) -> str:
