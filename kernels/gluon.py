@@ -19,7 +19,6 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from draftbench.kernels.padded import even
 from torch import Tensor
 
 from ..attention import Plan
@@ -66,7 +65,8 @@ def refuse(q: Tensor, plan: Plan) -> str | None:
 
 def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, layout: Layout) -> tuple[Tensor, Tensor]:
     """See `draftbench.kernels`; the offsets must be those of boxes in grid order, text behind them."""
-    from draftbench.kernels.gluon_forward import forward, whole_first
+    from draftbench.kernels.gluon_forward import forward
+    from draftbench.kernels.triton import schedule
 
     batch, length, heads, _ = q.shape
     box = _box(plan)
@@ -74,18 +74,19 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, layout: Layout) -> tuple[Te
     boxes = math.prod(-(-n // b) for n, b in zip(grid, box, strict=True))
     if plan.counts.shape[2] != boxes + -(-layout.text // BLOCK):
         raise ValueError(f"executor=gluon needs {boxes} boxes and the text's blocks, got {plan.counts.shape[2]} blocks")
-    q, k, v = (x.contiguous() for x in (q, k, v))
-    out = torch.empty_like(q)
+    q, k, v = (x if _side_by_side(x) else x.contiguous() for x in (q, k, v))
+    out = q.new_empty(q.shape)
     lse = torch.full((batch, heads, length), -torch.inf, dtype=torch.float32, device=q.device)
-    counts, blocks = plan.counts.contiguous(), plan.blocks.contiguous()
+    rows, counts, whole, blocks = schedule(plan, layout, batch)
     starts = plan.kv_offsets[:, 0].contiguous()
-    whole = counts
-    if not even(plan, layout, batch):
-        counts, whole, blocks = whole_first(counts, blocks, starts, BLOCK)
-    # Longest rows first within a head, so that none is left for the end; heads in turn, for the keys in L2.
-    rows = counts.flatten(0, 1).argsort(dim=-1, descending=True).int()
     forward(q, k, v, out, lse, rows, counts, whole, blocks, starts, grid, box, layout.text, STAGES)
     return out, lse
+
+
+def _side_by_side(x: Tensor) -> bool:
+    """Whether the copy engine can read x [B, S, H, D] where it lies: heads and channels together, 16-byte steps."""
+    steps = [x.stride(0) if len(x) > 1 else 0, x.stride(1), x.storage_offset()]
+    return x.stride(3) == 1 and x.stride(2) == x.shape[3] and not any(step % 8 for step in steps)
 
 
 def _box(plan: Plan) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""The kernels of the Gluon executor and their launches; imports Triton, so only gluon.py imports it.
+"""The kernel of the Gluon executor and its launch; imports Triton, so only gluon.py imports it.
 
 Names: a *tile* is a block in shared memory; *step* j of a program's list brings the keys of kept block j and the values
 of block j - 1 into slot j % STAGES, since scores are one block ahead of values; *place* is a token's index in a block.
@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -34,7 +32,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rows: Tensor, counts: Tensor, whole: Tensor,
     blocks: Tensor, starts: Tensor, grid: tuple[int, int, int], box: tuple[int, int, int], text: int, stages: int,
 ) -> None:  # fmt: skip
-    """Attention of contiguous q, k, v [B, S, H, D] over kept blocks into out and lse [B, H, S].
+    """Attention of q, k, v [B, S, H, D], heads and channels side by side, over kept blocks into out and lse [B, H, S].
 
     rows: the order in which a head's query blocks start, int32 [B * H, blocks]. counts, whole, blocks: kept key blocks
     of each query block, the first `whole` of them of 128 tokens. starts: int32 [B, blocks + 1].
@@ -45,59 +43,31 @@ def forward(
     video = [_video(x, grid, part) for x, part in sides]
     behind = [_text(x, math.prod(grid), text, math.prod(part)) for x, part in sides]
     scale = math.log2(math.e) / math.sqrt(dim)
-    attention[(counts.shape[2], batch * heads)](
-        *video, *behind, lse, rows, counts, whole, blocks, starts, scale, heads, counts.shape[2], blocks.shape[-1],
-        length, *grid, BOX=box, HALF=half, D=dim, STAGES=stages, num_warps=4, maxnreg=168,
+    cut = tuple(n % b != 0 for n, b in zip(grid, box, strict=True))
+    taken = torch.zeros(1, dtype=torch.int32, device=q.device)
+    programs = min(counts.numel(), torch.cuda.get_device_properties(q.device).multi_processor_count)
+    attention[(programs,)](
+        *video, *behind, lse, rows, counts, whole, blocks, starts, taken,
+        scale, batch * heads, heads, counts.shape[2], blocks.shape[-1], length, *grid,
+        BOX=box, CUT=cut, HALF=half, D=dim, STAGES=stages, num_warps=4, maxnreg=168,
     )  # fmt: skip
 
 
 def _video(x: Tensor, grid: tuple[int, int, int], box: tuple[int, int, int]) -> TensorDescriptor:
     """The video tokens of x [B, S, H, D] as [B, T, Y, X, H * D], copied by boxes."""
-    row = x.shape[2] * x.shape[3]
-    shape = [len(x), *grid, row]
-    strides = [x.shape[1] * row, grid[1] * grid[2] * row, grid[2] * row, row, 1]
+    item, row = x.stride(0), x.stride(1)
+    shape = [len(x), *grid, x.shape[2] * x.shape[3]]
+    strides = [item, grid[1] * grid[2] * row, grid[2] * row, row, 1]
     layout = gl.NVMMASharedLayout(128, 16, rank=5)
     return TensorDescriptor(x, shape, strides, [1, *box, WIDTH], layout)
 
 
 def _text(x: Tensor, video: int, text: int, tokens: int) -> TensorDescriptor:
     """The text tokens of x as [B, text, H * D]; without text, a descriptor that no copy uses."""
-    row = x.shape[2] * x.shape[3]
     behind = x[:, video:] if text else x
+    shape = [len(x), max(text, 1), x.shape[2] * x.shape[3]]
     layout = gl.NVMMASharedLayout(128, 16, rank=3)
-    return TensorDescriptor(behind, [len(x), max(text, 1), row], [x.shape[1] * row, row, 1], [1, tokens, WIDTH], layout)
-
-
-def whole_first(counts: Tensor, blocks: Tensor, starts: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(Counts, how many of them are whole, lists) with blocks of `size` tokens first and empty ones left out."""
-    batch, heads, rows = counts.shape
-    kept, whole, sorted_blocks = torch.empty_like(counts), torch.empty_like(counts), torch.empty_like(blocks)
-    _whole_first[(rows, batch * heads)](
-        counts, blocks, starts, kept, whole, sorted_blocks, heads, rows, starts.shape[-1], blocks.shape[-1],
-        SIZE=size, CHUNK=1024, num_warps=4,
-    )  # fmt: skip
-    return kept, whole, sorted_blocks
-
-
-@triton.jit
-def _whole_first(
-    COUNTS, BLOCKS, STARTS, KEPT, WHOLE, OUT, heads, rows, ends, capacity, SIZE: tl.constexpr, CHUNK: tl.constexpr
-):
-    row = tl.program_id(1).to(tl.int64) * rows + tl.program_id(0)
-    starts = STARTS + tl.program_id(1) // heads * ends
-    count = tl.load(COUNTS + row)
-    written = 0
-    for smaller in tl.static_range(2):
-        for first in range(0, count, CHUNK):
-            at = first + tl.arange(0, CHUNK)
-            block = tl.load(BLOCKS + row * capacity + at, mask=at < count, other=0)
-            size = tl.load(starts + block + 1) - tl.load(starts + block)
-            chosen = (size < SIZE) & (size > 0) if smaller else size == SIZE
-            chosen = chosen & (at < count)
-            place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-            tl.store(OUT + row * capacity + written + place, block, mask=chosen)
-            written += tl.sum(chosen.to(tl.int32), 0)
-        tl.store((KEPT if smaller else WHOLE) + row, written)
+    return TensorDescriptor(behind, shape, [x.stride(0), x.stride(1), 1], [1, tokens, WIDTH], layout)
 
 
 @gluon.jit
@@ -110,13 +80,33 @@ def _corner(block, grid, BOX: gl.constexpr):
 
 
 @gluon.jit
-def _real(block, place, starts, grid, boxes, BOX: gl.constexpr):
-    """Which places of a block hold a token."""
+def _real(block, place, starts, grid, boxes, BOX: gl.constexpr, CUT: gl.constexpr):
+    """Which places of a block hold a token, by one comparison where it will do; CUT: axes whose last box is smaller."""
     T, Y, X = grid
     t, y, x = _corner(block, grid, BOX)
-    inside = (t + place // (BOX[1] * BOX[2]) < T) & (y + place // BOX[2] % BOX[1] < Y) & (x + place % BOX[2] < X)
-    size = gl.load(starts + block + 1) - gl.load(starts + block)
-    return ((block < boxes) & inside) | ((block >= boxes) & (place < size))
+    limit = gl.load(starts + block + 1) - gl.load(starts + block)  # of a text block
+    y_end = gl.to_tensor(BOX[1])
+    x_end = gl.to_tensor(BOX[2])
+    if block < boxes:
+        limit = gl.to_tensor(BOX[0] * BOX[1] * BOX[2])
+        if CUT[0]:
+            limit = gl.minimum(limit, (T - t) * (BOX[1] * BOX[2]))
+        if CUT[1]:
+            if BOX[0] == 1:
+                limit = gl.minimum(limit, (Y - y) * BOX[2])
+            else:
+                y_end = Y - y
+        if CUT[2]:
+            if BOX[0] * BOX[1] == 1:
+                limit = gl.minimum(limit, X - x)
+            else:
+                x_end = X - x
+    real = place < limit
+    if CUT[1] and BOX[0] > 1:
+        real = real & (place % (BOX[1] * BOX[2]) < y_end * BOX[2])
+    if CUT[2] and BOX[0] * BOX[1] > 1:
+        real = real & (place % BOX[2] < x_end)
+    return real
 
 
 @gluon.jit
@@ -144,33 +134,90 @@ def _copy_in(
 
 @gluon.jit
 def _copies(arguments, BOX: gl.constexpr, HALF: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
-    """The group that starts copies: the queries, then step after step as slots fall empty."""
-    q_video, k_video, v_video, q_text, k_text, v_text, tiles, barriers, where, blocks, count, grid, boxes = arguments
+    """The group that hands out query blocks and starts copies, step after step as slots fall empty."""
+    q_video, k_video, v_video, q_text, k_text, v_text, TAKEN, tiles, barriers, mail, lists, grid, boxes = arguments
     q_tile, k_tiles, v_tiles = tiles
-    q_full, full, empty = barriers
-    block, b, h = where
+    q_full, q_empty, full, empty, mail_full, mail_empty = barriers
+    ROWS, COUNTS, _, BLOCKS, heads, q_blocks, capacity, total = lists
     BYTES: gl.constexpr = BOX[0] * BOX[1] * BOX[2] * D * 2
     M: gl.constexpr = HALF[0] * HALF[1] * HALF[2]
-    mbarrier.expect(q_full, BYTES)
-    for part in gl.static_range(2):
-        half = q_tile.slice(part * M, M, dim=0)
-        _copy_in(q_video, q_text, half, q_full, block, b, h * D, grid, boxes, BOX, part, HALF, D)
-    kept = gl.load(blocks)
-    before = gl.to_tensor(0)  # not `kept`: the compiler would take two names of one value for one variable of the loop
-    for j in range(gl.where(count > 0, count + 1, 0)):
-        after = gl.load(blocks + j + 1, mask=j + 1 < count, other=0)
-        slot = j % STAGES
-        mbarrier.wait(empty.index(slot), (j // STAGES & 1) ^ 1)
-        ready = full.index(slot)
-        both = (j > 0) & (j < count)
-        mbarrier.expect(ready, 2 * BYTES, pred=both)
-        mbarrier.expect(ready, BYTES, pred=both ^ True)
-        if j < count:
-            _copy_in(k_video, k_text, k_tiles.index(slot), ready, kept, b, h * D, grid, boxes, BOX, 0, BOX, D)
-        if j > 0:
-            _copy_in(v_video, v_text, v_tiles.index(slot), ready, before, b, h * D, grid, boxes, BOX, 0, BOX, D)
-        before = kept
-        kept = after
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    n = gl.to_tensor(0)
+    at = gl.to_tensor(0)
+    job = gl.program_id(0)
+    while job < total:
+        slot = n % 2
+        mbarrier.wait(mail_empty.index(slot), (n // 2 & 1) ^ 1)
+        mail.index(slot).store(gl.full([1], job, gl.int32, one))
+        mbarrier.arrive(mail_full.index(slot))
+        upcoming = gl.atomic_add(TAKEN, 1) + gl.num_programs(0)
+        item = job // q_blocks
+        block = gl.load(ROWS + job)
+        b = item // heads
+        column = item % heads * D
+        row = item.to(gl.int64) * q_blocks + block
+        count = gl.load(COUNTS + row)
+        blocks = BLOCKS + row * capacity
+        kept = gl.load(blocks)
+        before = gl.to_tensor(0)
+        for j in range(gl.where(count > 0, count + 1, 1)):
+            after = gl.load(blocks + j + 1, mask=j + 1 < count, other=0)
+            if count > 0:
+                step = at + j
+                slot = step % STAGES
+                mbarrier.wait(empty.index(slot), (step // STAGES & 1) ^ 1)
+                ready = full.index(slot)
+                both = (j > 0) & (j < count)
+                mbarrier.expect(ready, 2 * BYTES, pred=both)
+                mbarrier.expect(ready, BYTES, pred=both ^ True)
+                if j < count:
+                    _copy_in(k_video, k_text, k_tiles.index(slot), ready, kept, b, column, grid, boxes, BOX, 0, BOX, D)
+            if j == 0:
+                for part in gl.static_range(2):
+                    mbarrier.wait(q_empty.index(part), (n & 1) ^ 1)
+                    mbarrier.expect(q_full.index(part), BYTES // 2)
+                    half = q_tile.slice(part * M, M, dim=0)
+                    _copy_in(
+                        q_video, q_text, half, q_full.index(part), block, b, column, grid, boxes, BOX, part, HALF, D
+                    )
+            else:
+                step = at + j
+                slot = step % STAGES
+                _copy_in(
+                    v_video,
+                    v_text,
+                    v_tiles.index(slot),
+                    full.index(slot),
+                    before,
+                    b,
+                    column,
+                    grid,
+                    boxes,
+                    BOX,
+                    0,
+                    BOX,
+                    D,
+                )
+            before = kept
+            kept = after
+        at += gl.where(count > 0, count + 1, 0)
+        n += 1
+        job = upcoming
+    slot = n % 2
+    mbarrier.wait(mail_empty.index(slot), (n // 2 & 1) ^ 1)
+    mail.index(slot).store(gl.full([1], -1, gl.int32, one))
+    mbarrier.arrive(mail_full.index(slot))
+
+
+@gluon.jit
+def _next(mail, mail_full, mail_empty, n):
+    """The query block that the copying group has handed out, or -1."""
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    slot = n % 2
+    mbarrier.wait(mail_full.index(slot), n // 2 & 1)
+    job = gl.max(mail.index(slot).load(one), 0)
+    mbarrier.arrive(mail_empty.index(slot))
+    return job
 
 
 @gluon.jit
@@ -192,15 +239,47 @@ def _row_max(x, layout: gl.constexpr):
 
 
 @gluon.jit
+def _step(
+    one, known, state, at, j,
+    MASKED: gl.constexpr, BOX: gl.constexpr, CUT: gl.constexpr, STAGES: gl.constexpr, dtype: gl.constexpr,
+):  # fmt: skip
+    """Scores of kept block j, values of block j - 1: both products start, the softmax runs while the second does."""
+    q, k_tiles, v_tiles, q_full, full, empty, n, scale, zero = one
+    blocks, places, starts, grid, boxes = known
+    o, p, decay, sums, top = state
+    rows: gl.constexpr = top.type.layout
+    slot = (at + j) % STAGES
+    mbarrier.wait(full.index(slot), (at + j) // STAGES & 1)
+    s = warpgroup_mma(q, k_tiles.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
+    o = o * gl.convert_layout(decay, gl.SliceLayout(1, o.type.layout))[:, None]  # while the first product runs
+    o = warpgroup_mma(p, v_tiles.index(slot), o, is_async=True)
+    s = warpgroup_mma_wait(1, deps=[s])
+    if MASKED:
+        real = _real(gl.load(blocks + j), places, starts, grid, boxes, BOX, CUT)
+        s = gl.where(real[None, :], s, -float("inf"))
+    new = gl.maximum(top, _row_max(s, rows) * scale)
+    decay = gl.exp2(top - new)
+    p32 = gl.exp2(s * scale - new[:, None])
+    faded = sums * gl.convert_layout(decay, gl.SliceLayout(1, sums.type.layout))[:, None]
+    sums = faded + _in_thread_sum(p32)
+    after = gl.convert_layout(p32.to(dtype), p.type.layout)
+    # Passes at once. Without a branch here ptxas waits for the values before the softmax, not behind it.
+    mbarrier.wait(q_full, n & 1)
+    o, _, _ = warpgroup_mma_wait(0, deps=[o, p, after])
+    mbarrier.arrive(empty.index(slot))
+    return o, after, decay, sums, new
+
+
+@gluon.jit
 def _rows(
-    arguments, PART: gl.constexpr, BOX: gl.constexpr, HALF: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    dtype: gl.constexpr,
+    arguments, PART: gl.constexpr, BOX: gl.constexpr, CUT: gl.constexpr, HALF: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
     """A group that holds half PART of the query rows."""
-    out_video, out_text, lse, tiles, barriers, where, blocks, whole, count, starts, scale, grid, boxes = arguments
+    out_video, out_text, LSE, STARTS, scale, length, tiles, barriers, mail, lists, grid, boxes = arguments
+    ROWS, COUNTS, WHOLE, BLOCKS, heads, q_blocks, capacity, _ = lists
     q_tile, k_tiles, v_tiles = tiles
-    q_full, full, empty = barriers
-    block, b, h = where
+    q_full, q_empty, full, empty, mail_full, mail_empty = barriers
     N: gl.constexpr = BOX[0] * BOX[1] * BOX[2]
     M: gl.constexpr = N // 2
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
@@ -210,118 +289,126 @@ def _rows(
     places = gl.arange(0, N, layout=gl.SliceLayout(0, s_layout))
     q = q_tile.slice(PART * M, M, dim=0)
     zero = gl.zeros([M, N], gl.float32, s_layout)
-    o = gl.zeros([M, D], gl.float32, o_layout)
-    top = gl.full([M], -float("inf"), gl.float32, rows_layout)
-    total = gl.zeros([M], gl.float32, rows_layout)
-    mbarrier.wait(q_full, 0)
-    if count > 0:
-        mbarrier.wait(full.index(0), 0)
-        s = warpgroup_mma(q, k_tiles.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(0, deps=[s])
-        mbarrier.arrive(empty.index(0))
-        if whole == 0:
-            s = gl.where(_real(gl.load(blocks), places, starts, grid, boxes, BOX)[None, :], s, -float("inf"))
-        top = _row_max(s, rows_layout) * scale  # finite: a block in the list has a token
-        p32 = gl.exp2(s * scale - top[:, None])
-        sums = _in_thread_sum(p32)
-        p = gl.convert_layout(p32.to(dtype), p_layout)
-        for masked in gl.static_range(2):
-            first = gl.maximum(whole, 1) if masked else 1
-            last = count if masked else whole
-            for j in range(first, last):
-                slot = j % STAGES
-                mbarrier.wait(full.index(slot), j // STAGES & 1)
-                s = warpgroup_mma(q, k_tiles.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
-                o = warpgroup_mma(p, v_tiles.index(slot), o, is_async=True)
-                s = warpgroup_mma_wait(1, deps=[s])
-                if masked:
-                    real = _real(gl.load(blocks + j), places, starts, grid, boxes, BOX)
-                    s = gl.where(real[None, :], s, -float("inf"))
-                new = gl.maximum(top, _row_max(s, rows_layout) * scale)
-                decay = gl.exp2(top - new)
-                p32 = gl.exp2(s * scale - new[:, None])
-                faded = sums * gl.convert_layout(decay, gl.SliceLayout(1, sums.type.layout))[:, None]
-                sums = faded + _in_thread_sum(p32)
-                top = new
-                after = gl.convert_layout(p32.to(dtype), p_layout)
-                # Passes at once. Without a branch here ptxas waits for the values before the softmax, not behind it.
-                mbarrier.wait(q_full, 0)
-                o, p, _ = warpgroup_mma_wait(0, deps=[o, p, after])
-                mbarrier.arrive(empty.index(slot))
-                o = o * gl.convert_layout(decay, gl.SliceLayout(1, o_layout))[:, None]
-                p = after
-        slot = count % STAGES
-        mbarrier.wait(full.index(slot), count // STAGES & 1)
-        o = warpgroup_mma(p, v_tiles.index(slot), o, is_async=True)
-        o = warpgroup_mma_wait(0, deps=[o])
-        total = gl.convert_layout(gl.sum(sums, 1), rows_layout)
-    place = PART * M + gl.arange(0, M, layout=rows_layout)
-    real = _real(block, place, starts, grid, boxes, BOX)
-    share = gl.where(real & (total > 0.0), 1.0 / total, 0.0)
-    q.store((o * gl.convert_layout(share, gl.SliceLayout(1, o_layout))[:, None]).to(dtype))
-    fence_async_shared()
-    T, Y, X = grid
-    t, y, x = _corner(block, grid, BOX)
-    token = ((t + place // (BOX[1] * BOX[2])) * Y + y + place // BOX[2] % BOX[1]) * X + x + place % BOX[2]
-    token = gl.where(block < boxes, token, T * Y * X + (block - boxes) * N + place)
-    if BOX[0] != HALF[0]:
-        t += PART * HALF[0]
-    if BOX[1] != HALF[1]:
-        y += PART * HALF[1]
-    if BOX[2] != HALF[2]:
-        x += PART * HALF[2]
-    for i in gl.static_range(D // 64):
-        piece = q.slice(i * 64, 64, dim=1)
-        if block < boxes:
-            _store(out_video, [b, t, y, x, h * D + i * 64], piece)
-        else:
-            _store(out_text, [b, (block - boxes) * N + PART * M, h * D + i * 64], piece)
-    value = gl.where(total > 0.0, (top + gl.log2(total)) * 0.6931471805599453, -float("inf"))
-    gl.store(lse + token, value, mask=real)
-    tma.store_wait(0)
+    n = gl.to_tensor(0)
+    at = gl.to_tensor(0)
+    job = _next(mail, mail_full, mail_empty, n)
+    while job >= 0:
+        item = job // q_blocks
+        block = gl.load(ROWS + job)
+        b = item // heads
+        h = item % heads
+        row = item.to(gl.int64) * q_blocks + block
+        count = gl.load(COUNTS + row)
+        whole = gl.load(WHOLE + row)
+        blocks = BLOCKS + row * capacity
+        starts = STARTS + b * (q_blocks + 1)
+        lse = LSE + item.to(gl.int64) * length
+        o = gl.zeros([M, D], gl.float32, o_layout)
+        top = gl.full([M], -float("inf"), gl.float32, rows_layout)
+        total = gl.zeros([M], gl.float32, rows_layout)
+        mbarrier.wait(q_full.index(PART), n & 1)
+        if count > 0:
+            slot = at % STAGES
+            mbarrier.wait(full.index(slot), at // STAGES & 1)
+            s = warpgroup_mma(q, k_tiles.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(0, deps=[s])
+            mbarrier.arrive(empty.index(slot))
+            if whole == 0:
+                s = gl.where(_real(gl.load(blocks), places, starts, grid, boxes, BOX, CUT)[None, :], s, -float("inf"))
+            top = _row_max(s, rows_layout) * scale  # finite: a block in the list has a token
+            p32 = gl.exp2(s * scale - top[:, None])
+            sums = _in_thread_sum(p32)
+            p = gl.convert_layout(p32.to(dtype), p_layout)
+            decay = gl.full([M], 1.0, gl.float32, rows_layout)
+            one = (q, k_tiles, v_tiles, q_full.index(PART), full, empty, n, scale, zero)
+            known = (blocks, places, starts, grid, boxes)
+            state = (o, p, decay, sums, top)
+            pairs = gl.maximum(whole - 1, 0) // 2  # two steps a turn: p and its successor swap registers
+            for i in range(pairs):
+                state = _step(one, known, state, at, 1 + 2 * i, False, BOX, CUT, STAGES, dtype)
+                state = _step(one, known, state, at, 2 + 2 * i, False, BOX, CUT, STAGES, dtype)
+            if 1 + 2 * pairs < whole:
+                state = _step(one, known, state, at, 1 + 2 * pairs, False, BOX, CUT, STAGES, dtype)
+            for j in range(gl.maximum(whole, 1), count):
+                state = _step(one, known, state, at, j, True, BOX, CUT, STAGES, dtype)
+            o, p, decay, sums, top = state
+            slot = (at + count) % STAGES
+            mbarrier.wait(full.index(slot), (at + count) // STAGES & 1)
+            o = o * gl.convert_layout(decay, gl.SliceLayout(1, o_layout))[:, None]
+            o = warpgroup_mma(p, v_tiles.index(slot), o, is_async=True)
+            o = warpgroup_mma_wait(0, deps=[o])
+            mbarrier.arrive(empty.index(slot))
+            at += count + 1
+            total = gl.convert_layout(gl.sum(sums, 1), rows_layout)
+        place = PART * M + gl.arange(0, M, layout=rows_layout)
+        real = _real(block, place, starts, grid, boxes, BOX, CUT)
+        share = gl.where(real & (total > 0.0), 1.0 / total, 0.0)
+        q.store((o * gl.convert_layout(share, gl.SliceLayout(1, o_layout))[:, None]).to(dtype))
+        fence_async_shared()
+        T, Y, X = grid
+        t, y, x = _corner(block, grid, BOX)
+        token = ((t + place // (BOX[1] * BOX[2])) * Y + y + place // BOX[2] % BOX[1]) * X + x + place % BOX[2]
+        token = gl.where(block < boxes, token, T * Y * X + (block - boxes) * N + place)
+        if BOX[0] != HALF[0]:
+            t += PART * HALF[0]
+        if BOX[1] != HALF[1]:
+            y += PART * HALF[1]
+        if BOX[2] != HALF[2]:
+            x += PART * HALF[2]
+        for i in gl.static_range(D // 64):
+            piece = q.slice(i * 64, 64, dim=1)
+            if block < boxes:
+                _store(out_video, [b, t, y, x, h * D + i * 64], piece)
+            else:
+                _store(out_text, [b, (block - boxes) * N + PART * M, h * D + i * 64], piece)
+        value = gl.where(total > 0.0, (top + gl.log2(total)) * 0.6931471805599453, -float("inf"))
+        gl.store(lse + token, value, mask=real)
+        tma.store_wait(0)
+        mbarrier.arrive(q_empty.index(PART))
+        n += 1
+        job = _next(mail, mail_full, mail_empty, n)
 
 
 @gluon.jit
 def attention(
     q_video, k_video, v_video, out_video, q_text, k_text, v_text, out_text, LSE, ROWS, COUNTS, WHOLE, BLOCKS, STARTS,
-    scale, heads, q_blocks, capacity, length, T, Y, X,
-    BOX: gl.constexpr, HALF: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    TAKEN, scale, items, heads, q_blocks, capacity, length, T, Y, X,
+    BOX: gl.constexpr, CUT: gl.constexpr, HALF: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One query block of one head: see `forward`."""
     N: gl.constexpr = BOX[0] * BOX[1] * BOX[2]
     dtype: gl.constexpr = q_video.dtype
-    item = gl.program_id(1)
-    b = item // heads
-    block = gl.load(ROWS + item * q_blocks + gl.program_id(0))
-    row = item.to(gl.int64) * q_blocks + block  # 64 bits: a list's offset passes 2^31 at the largest shapes
-    count = gl.load(COUNTS + row)
-    whole = gl.load(WHOLE + row)
-    blocks = BLOCKS + row * capacity
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    bar: gl.constexpr = mbarrier.MBarrierLayout()
     q_tile = gl.allocate_shared_memory(dtype, [N, D], layout)  # the output's too, in the end
     k_tiles = gl.allocate_shared_memory(dtype, [STAGES, N, D], layout)
     v_tiles = gl.allocate_shared_memory(dtype, [STAGES, N, D], layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_full, count=1)
+    mail = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    mail_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    mail_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    for i in gl.static_range(2):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=1)
+        mbarrier.init(mail_full.index(i), count=1)
+        mbarrier.init(mail_empty.index(i), count=2)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
     tiles = (q_tile, k_tiles, v_tiles)
-    barriers = (q_full, full, empty)
-    where = (block, b, item % heads)
+    barriers = (q_full, q_empty, full, empty, mail_full, mail_empty)
     grid = (T, Y, X)
     boxes = ((T + BOX[0] - 1) // BOX[0]) * ((Y + BOX[1] - 1) // BOX[1]) * ((X + BOX[2] - 1) // BOX[2])
-    starts = STARTS + b * (q_blocks + 1)
-    lse = LSE + item.to(gl.int64) * length
-    ours = (out_video, out_text, lse, tiles, barriers, where, blocks, whole, count, starts, scale, grid, boxes)
-    theirs = (q_video, k_video, v_video, q_text, k_text, v_text, tiles, barriers, where, blocks, count, grid, boxes)
+    lists = (ROWS, COUNTS, WHOLE, BLOCKS, heads, q_blocks, capacity, items * q_blocks)
+    ours = (out_video, out_text, LSE, STARTS, scale, length, tiles, barriers, mail, lists, grid, boxes)
+    theirs = (q_video, k_video, v_video, q_text, k_text, v_text, TAKEN, tiles, barriers, mail, lists, grid, boxes)
     gl.warp_specialize(
         [
-            (_rows, (ours, 0, BOX, HALF, D, STAGES, dtype)),
-            (_rows, (ours, 1, BOX, HALF, D, STAGES, dtype)),
+            (_rows, (ours, 0, BOX, CUT, HALF, D, STAGES, dtype)),
+            (_rows, (ours, 1, BOX, CUT, HALF, D, STAGES, dtype)),
             (_copies, (theirs, BOX, HALF, D, STAGES)),
         ],
         [4, 1],

@@ -1,21 +1,26 @@
-"""The Triton executor: a block-sparse flash-attention forward with LSE.
+"""The Triton executor: a block-sparse flash-attention forward with LSE, for any plan on any GPU that Triton knows.
 
-Tokens are read through the plan's permutation, so no reordered copy of q, k, v or the output is made. Blocks of any
-size: a block larger than a tile is walked in tiles, the places beyond its end are masked.
+q, k and v are gathered into the plan's order first: rows that lie side by side are what the compiler can fetch ahead,
+and fetching each through an index took twice the time of the products. Blocks of any size: a block larger than a tile
+is walked in tiles. Within a row's list the blocks of full size come first, so only the others pay for a mask.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import os
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from draftbench.kernels.padded import even, take
 from torch import Tensor
 
 from ..attention import Plan
 from ..layout import Layout, permutation
+from ..parts import part
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -31,91 +36,172 @@ def refuse(q: Tensor, plan: Plan) -> str | None:
     return None
 
 
+def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, layout: Layout) -> tuple[Tensor, Tensor]:
+    """See `draftbench.kernels`; the first call of a shape tries the launch parameters in `CONFIGS`."""
+    batch, length, heads, dim = q.shape
+    with part("order"):
+        q_order, kv_order = (permutation(order, layout, q.device) for order in (plan.q_order, plan.kv_order))
+        q, k, v = (_ordered(x, order) for x, order in ((q, q_order), (k, kv_order), (v, kv_order)))
+        rows, counts, whole, blocks = schedule(plan, layout, batch)
+    out = torch.zeros(batch, length, heads, dim, dtype=q.dtype, device=q.device)
+    lse = torch.full((batch, heads, length), -torch.inf, dtype=torch.float32, device=q.device)
+    m = min(128 if q.element_size() == 2 else 64, max(16, triton.next_power_of_2(plan.q_block)))
+    q_tiles, q_blocks = -(-plan.q_block // m), counts.shape[2]
+    q_starts, kv_starts = plan.q_offsets.contiguous(), plan.kv_offsets.contiguous()
+    forward = _tuned(q.element_size() == 2, triton.next_power_of_2(plan.kv_block))
+    forward[(q_blocks * q_tiles, batch * heads)](
+        q, k, v, out, lse, q_starts, kv_starts, rows, counts, whole, blocks,
+        math.log2(math.e) / math.sqrt(dim), heads, q_blocks, kv_starts.shape[-1] - 1, blocks.shape[-1], length,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_shared(q_starts), *_shared(kv_starts),
+        D=dim, M=m, Q_TILES=q_tiles, KV_BLOCK=plan.kv_block,
+        UPCAST=INTERPRETED and q.dtype != torch.float32, PRECISION="ieee",
+    )  # fmt: skip
+    if q_order is None:
+        return out, lse
+    with part("restore"):
+        back = q_order.argsort(-1)
+        return take(out, back), lse.gather(2, back.expand(batch, heads, -1))
+
+
+def schedule(plan: Plan, layout: Layout, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(rows, counts, whole, blocks): in which order query blocks start, and their lists, blocks of full size first.
+
+    rows: int32 [B * H, q_blocks], those with the most keys first, so that none is left for the end; heads stay in
+    turn, for the keys in L2. counts, whole: int32 [B, H, q_blocks], kept blocks that have a token, and how many of
+    them are of `plan.kv_block` tokens. No synchronisation.
+    """
+    counts, blocks = plan.counts.contiguous(), plan.blocks.contiguous()
+    whole = counts
+    if not even(plan, layout, batch):
+        starts = plan.kv_offsets.contiguous()
+        q_blocks, heads = counts.shape[2], counts.shape[1]
+        counts, whole, blocks = (torch.empty_like(x) for x in (counts, counts, blocks))
+        _whole_first[(q_blocks, batch * heads)](
+            plan.counts.contiguous(), plan.blocks.contiguous(), starts, counts, whole, blocks,
+            heads, q_blocks, blocks.shape[-1], *_shared(starts), SIZE=plan.kv_block, CHUNK=1024, num_warps=4,
+        )  # fmt: skip
+    return counts.flatten(0, 1).argsort(dim=-1, descending=True).int(), counts, whole, blocks
+
+
+def _ordered(x: Tensor, order: Tensor | None) -> Tensor:
+    if order is not None:
+        return take(x, order)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _shared(x: Tensor) -> tuple[int, int]:
+    """Strides over items and heads, 0 where the axis is shared."""
+    return (x.stride(0) if len(x) > 1 else 0, x.stride(1) if x.shape[1] > 1 else 0)
+
+
+# (Keys of a tile, warps, stages), of which the fastest is kept for a shape, on disk too.
+CONFIGS = ((128, 8, 2), (128, 8, 3), (128, 4, 2), (64, 4, 2), (64, 4, 3), (64, 8, 3))
+
+
+@functools.cache
+def _tuned(half: bool, kv_block: int) -> Any:
+    """The forward kernel with its launch parameters still to choose; float32 takes tiles of at most 32 keys."""
+    widest = max(16, min(128 if half else 32, kv_block))
+    tried = dict.fromkeys((min(n, widest), warps, stages) for n, warps, stages in CONFIGS)
+    configs = [triton.Config({"N": n}, num_warps=warps, num_stages=stages) for n, warps, stages in tried]
+    if INTERPRETED:  # whose autotuner takes one only
+        configs = configs[:1]
+    return triton.autotune(configs, key=["D", "M", "KV_BLOCK"], cache_results=not INTERPRETED)(_forward)
+
+
+@triton.jit
+def _whole_first(
+    COUNTS, BLOCKS, STARTS, KEPT, WHOLE, OUT, heads, rows, capacity, s_b, s_h, SIZE: tl.constexpr, CHUNK: tl.constexpr
+):
+    row = tl.program_id(1).to(tl.int64) * rows + tl.program_id(0)
+    starts = STARTS + tl.program_id(1) // heads * s_b + tl.program_id(1) % heads * s_h
+    count = tl.load(COUNTS + row)
+    written = 0
+    for smaller in tl.static_range(2):
+        for first in range(0, count, CHUNK):
+            at = first + tl.arange(0, CHUNK)
+            block = tl.load(BLOCKS + row * capacity + at, mask=at < count, other=0)
+            size = tl.load(starts + block + 1) - tl.load(starts + block)
+            chosen = (size < SIZE) & (size > 0) if smaller else size == SIZE
+            chosen = chosen & (at < count)
+            place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+            tl.store(OUT + row * capacity + written + place, block, mask=chosen)
+            written += tl.sum(chosen.to(tl.int32), 0)
+        tl.store((KEPT if smaller else WHOLE) + row, written)
+
+
+@triton.jit
+def _walk(
+    q, acc, top, total, k, v, blocks, starts, first, last, scale, length, k_s, v_s,
+    N: tl.constexpr, TILES: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Softmax and products over the tiles of kept blocks first to last; k and v point at rows of channels."""
+    for j in range(first * TILES, last * TILES):
+        start = starts + tl.load(blocks + j // TILES)
+        cols = tl.load(start) + (j % TILES) * N + tl.arange(0, N)
+        live = cols < tl.load(start + 1)
+        cols = tl.minimum(cols, length - 1).to(tl.int64)  # a row of another block, or of none, may be read
+        keys = tl.load(k + cols[:, None] * k_s)
+        values = tl.load(v + cols[:, None] * v_s)
+        if UPCAST:
+            keys, values = keys.to(tl.float32), values.to(tl.float32)
+        s = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
+        if MASKED:
+            s = tl.where(live[None, :], s, -float("inf"))
+            values = tl.where(live[:, None], values, 0.0)  # what is not a key may be NaN
+        new = tl.maximum(top, tl.max(s, 1) * scale)
+        base = new
+        if MASKED:
+            base = tl.where(new == -float("inf"), 0.0, new)  # a row that has met only empty tiles
+        p = tl.math.exp2(s * scale - base[:, None])
+        decay = tl.math.exp2(top - base)
+        total = total * decay + tl.sum(p, 1)
+        acc = tl.dot(p.to(values.dtype), values, acc * decay[:, None], input_precision=PRECISION)
+        top = new
+    return acc, top, total
+
+
 @triton.jit
 def _forward(
-    Q, K, V, OUT, LSE, Q_ORDER, KV_ORDER, Q_START, KV_START, COUNTS, BLOCKS,
-    scale, heads, q_blocks, capacity,
-    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h, l_b, l_h,
-    qo_b, qo_h, ko_b, ko_h, qs_b, qs_h, ks_b, ks_h,
-    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, Q_TILES: tl.constexpr, KV_TILES: tl.constexpr,
-    Q_MOVED: tl.constexpr, KV_MOVED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    Q, K, V, OUT, LSE, Q_START, KV_START, ROWS, COUNTS, WHOLE, BLOCKS,
+    scale, heads, q_blocks, kv_blocks, capacity, length, q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h,
+    qs_b, qs_h, ks_b, ks_h,
+    D: tl.constexpr, M: tl.constexpr, Q_TILES: tl.constexpr, KV_BLOCK: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0) // Q_TILES
     # 64 bits: an item's offset passes 2^31 at the largest shapes
-    b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
+    item = tl.program_id(1).to(tl.int64)
+    b, h = item // heads, item % heads
+    block = tl.load(ROWS + item * q_blocks + tl.program_id(0) // Q_TILES)
     q_start = Q_START + b * qs_b + h * qs_h + block
     rows = tl.load(q_start) + (tl.program_id(0) % Q_TILES) * M + tl.arange(0, M)
     real = rows < tl.load(q_start + 1)
-    tokens = rows
-    if Q_MOVED:
-        tokens = tl.load(Q_ORDER + b * qo_b + h * qo_h + rows, mask=real, other=0)
-    tokens = tokens.to(tl.int64)
+    rows = rows.to(tl.int64)
     d = tl.arange(0, D)
-    q = tl.load(Q + b * q_b + h * q_h + tokens[:, None] * q_s + d[None, :], mask=real[:, None], other=0.0)
+    q = tl.load(Q + b * q_b + h * q_h + rows[:, None] * q_s + d[None, :], mask=real[:, None], other=0.0)
     if UPCAST:
         q = q.to(tl.float32)
     acc = tl.zeros([M, D], tl.float32)
     top = tl.full([M], -float("inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
-    row = (b * heads + h).to(tl.int64) * q_blocks + block
-    for j in range(0, tl.load(COUNTS + row) * KV_TILES):
-        kv_start = KV_START + b * ks_b + h * ks_h + tl.load(BLOCKS + row * capacity + j // KV_TILES)
-        cols = tl.load(kv_start) + (j % KV_TILES) * N + tl.arange(0, N)
-        live = cols < tl.load(kv_start + 1)
-        keys = cols
-        if KV_MOVED:
-            keys = tl.load(KV_ORDER + b * ko_b + h * ko_h + cols, mask=live, other=0)
-        keys = keys.to(tl.int64)
-        k = tl.load(K + b * k_b + h * k_h + keys[:, None] * k_s + d[None, :], mask=live[:, None], other=0.0)
-        v = tl.load(V + b * v_b + h * v_h + keys[:, None] * v_s + d[None, :], mask=live[:, None], other=0.0)
-        if UPCAST:
-            k, v = k.to(tl.float32), v.to(tl.float32)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        s = tl.where(live[None, :], s, -float("inf"))
-        new = tl.maximum(top, tl.max(s, 1))
-        base = tl.where(new == -float("inf"), 0.0, new)  # a row that has met only empty tiles
-        p = tl.math.exp2(s - base[:, None])
-        decay = tl.math.exp2(top - base)
-        total = total * decay + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
-        top = new
+    row = item * q_blocks + block
+    whole = tl.load(WHOLE + row)
+    k = K + b * k_b + h * k_h + d[None, :]
+    v = V + b * v_b + h * v_h + d[None, :]
+    starts, blocks = KV_START + b * ks_b + h * ks_h, BLOCKS + row * capacity
+    TILES: tl.constexpr = (KV_BLOCK + N - 1) // N
+    EVEN: tl.constexpr = KV_BLOCK % N == 0
+    acc, top, total = _walk(
+        q, acc, top, total, k, v, blocks, starts, 0, whole, scale, length, k_s, v_s, N, TILES, not EVEN, UPCAST,
+        PRECISION,
+    )  # fmt: skip
+    acc, top, total = _walk(
+        q, acc, top, total, k, v, blocks, starts, whole, tl.load(COUNTS + row), scale, length, k_s, v_s, N, TILES, True,
+        UPCAST, PRECISION,
+    )  # fmt: skip
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     lse = (top + tl.math.log2(total)) * 0.6931471805599453
     lse = tl.where(total == 0.0, -float("inf"), lse)
-    tl.store(OUT + b * o_b + h * o_h + tokens[:, None] * o_s + d[None, :], out.to(OUT.dtype.element_ty), real[:, None])
-    tl.store(LSE + b * l_b + h * l_h + tokens, lse, real)
-
-
-def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, layout: Layout) -> tuple[Tensor, Tensor]:
-    """See `draftbench.kernels`; the last axis of q, k and v must be contiguous."""
-    batch, length, heads, dim = q.shape
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    out = torch.zeros(batch, length, heads, dim, dtype=q.dtype, device=q.device)
-    lse = torch.full((batch, heads, length), -torch.inf, dtype=torch.float32, device=q.device)
-    orders = [permutation(order, layout, q.device) for order in (plan.q_order, plan.kv_order)]
-    # An unused order still needs a pointer; the kernel never reads it.
-    q_order, kv_order = ((lse.new_zeros(1, 1, 1, dtype=torch.int32) if o is None else o.int()) for o in orders)
-    widest = 128 if q.element_size() == 2 else 64
-    m = min(widest, max(16, triton.next_power_of_2(plan.q_block)))
-    n = min(widest if q.element_size() == 2 else 32, max(16, triton.next_power_of_2(plan.kv_block)))
-    q_tiles = -(-plan.q_block // m)
-    counts, blocks = plan.counts.contiguous(), plan.blocks.contiguous()
-    q_blocks = counts.shape[2]
-
-    def step(x: Tensor) -> tuple[int, int]:
-        """Strides over items and heads, 0 where the axis is shared."""
-        return (x.stride(0) if len(x) > 1 else 0, x.stride(1) if x.shape[1] > 1 else 0)
-
-    _forward[(q_blocks * q_tiles, batch * heads)](
-        q, k, v, out, lse, q_order, kv_order, plan.q_offsets, plan.kv_offsets, counts, blocks,
-        math.log2(math.e) / math.sqrt(dim), heads, q_blocks, blocks.shape[-1],
-        q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
-        v.stride(0), v.stride(1), v.stride(2), out.stride(0), out.stride(1), out.stride(2),
-        lse.stride(0), lse.stride(1),
-        *step(q_order), *step(kv_order), *step(plan.q_offsets), *step(plan.kv_offsets),
-        D=dim, M=m, N=n, Q_TILES=q_tiles, KV_TILES=-(-plan.kv_block // n),
-        Q_MOVED=orders[0] is not None, KV_MOVED=orders[1] is not None,
-        UPCAST=INTERPRETED and q.dtype != torch.float32, PRECISION="ieee",
-        num_warps=8 if m == 128 else 4, num_stages=2,
-    )  # fmt: skip
-    return out, lse
+    out_rows = OUT + ((b * length + rows[:, None]) * heads + h) * D + d[None, :]
+    tl.store(out_rows, out.to(OUT.dtype.element_ty), real[:, None])
+    tl.store(LSE + item * length + rows, lse, real)
