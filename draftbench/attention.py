@@ -30,6 +30,8 @@ class Plan:
     blocks: their indices, int32 [B, H, q_blocks, capacity]; entries from counts on are never read.
     q_block, kv_block: upper bounds of the block sizes in tokens.
     fallbacks: query blocks of each item that kept nothing and were given their best block, int64 [B] or None.
+    regular: the blocks are the order's boxes in turn, or `q_block` tokens each as they come, and behind them the text's
+    in `q_block` tokens each; the last of each kind may be smaller. What offsets on a device cannot tell the host.
     """
 
     q_offsets: Tensor
@@ -41,6 +43,7 @@ class Plan:
     q_order: Order = field(default_factory=Identity)
     kv_order: Order = field(default_factory=Identity)
     fallbacks: Tensor | None = None
+    regular: bool = False
 
 
 class Executor(Protocol):

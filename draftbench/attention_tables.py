@@ -156,10 +156,10 @@ def figure(rows: Sequence[Row], path: Path, digest: str) -> None:
         ideal = {row["sparsity"]: row for row in here if row["mask"] in ("dense", "captured") and row["dense"]}
         line = [(r["sparsity_achieved"], r["dense"]["ms"] * r["density"]) for _, r in sorted(ideal.items())]
         if line:
-            known = list(zip(*line, strict=True))
-            fine = [known[0][0] + (known[0][-1] - known[0][0]) * i / 200 for i in range(201)]  # straight, but in log
+            at, ms = np.array(line).T
+            fine = np.linspace(at[0], at[-1], 200)  # straight, but the axis is logarithmic
             label = "ideal: dense time x kept pairs"
-            axes.plot(fine, np.interp(fine, *known), "k--", label=label, linewidth=1)
+            axes.plot(fine, np.interp(fine, at, ms), "k--", label=label, linewidth=1)
         axes.set(title=shape, xlabel="sparsity achieved", ylabel="ms", yscale="log")
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=7)

@@ -8,11 +8,11 @@ called as a PyTorch operator (operators.py).
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 
 import torch
 from draftbench.kernels import fa4, gluon, operators
+from draftbench.kernels.devices import triton_version
 from draftbench.kernels.operators import NAMES
 from torch import Tensor
 
@@ -30,6 +30,8 @@ def resolve(name: str, device: torch.device) -> str:
     if name == "auto":
         if device.type != "cuda":
             return "cpu"
+        if reason := _unavailable("triton", device):
+            raise RuntimeError(f"executor=auto cannot run here: {reason}")
         return "+".join(part for part in ("gluon", "fa4", "triton") if not _unavailable(part, device))
     if name not in NAMES:
         raise ValueError(f"executor must be one of auto, {', '.join(NAMES)}, got {name!r}")
@@ -46,7 +48,7 @@ def _unavailable(name: str, device: torch.device) -> str | None:
     if name == "cpu" and device.type != "cpu":
         return f"it needs a CPU, got device={device.type}"
     if name == "triton":
-        if not importlib.util.find_spec("triton"):
+        if triton_version() is None:
             return "it needs Triton: pip install 'draftbench[triton]'"
         if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             return f"it needs a CUDA device, got device={device.type}"

@@ -1,4 +1,4 @@
-"""What draft attention does beside the attention itself, as Triton kernels: pool, select, list, and reorder.
+"""What draft attention does beside the attention itself, as Triton kernels: pool, select and list.
 
 `select.py` is the reference and chooses between the two; given the same scores both keep the same blocks. Nothing
 synchronises with the host or depends on the data's values in shape, so a plan can be captured in a CUDA graph once a
@@ -6,8 +6,7 @@ first call has compiled the kernels and cached the sizes of the boxes on the dev
 
 Floors in bytes at 33x48x80 tokens in 990 boxes, 24 heads of 128, bfloat16 (778 MB a tensor) and 4.3 TB/s:
 
-- `pool` reads q and k once, 1.56 GB: .36 ms. Ordered copies of q, k and v made on the way (`pool_and_order`) read and
-  write 2.33 GB each: 1.1 ms; `restore` reads and writes one tensor: .36 ms.
+- `pool` reads q and k once, 1.56 GB: .36 ms.
 - Scores (`select.draft_map`) are torch's own: 6 GFLOP in float32 without TF32, .1 ms at 60 TFLOP/s, and a softmax that
   reads and writes 94 MB, .04 ms. A fused kernel would save that pass, but Triton has float32 products only as slow
   multiply-adds or as three TF32 products, and would form each twice where a row of the map does not fit a tile.
@@ -20,7 +19,6 @@ Floors in bytes at 33x48x80 tokens in 990 boxes, 24 heads of 128, bfloat16 (778 
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -29,7 +27,7 @@ import triton.language as tl
 from draftbench.kernels.select import pair_budget
 from torch import Tensor
 
-from ..layout import Box, Layout, box_sizes
+from ..layout import Box, box_sizes
 
 # Of each head's map, to bracket its threshold by; a map of less than four times as many is listed whole.
 SAMPLES = 8192
@@ -38,7 +36,7 @@ LISTED = 1 / 8  # of a sampled map that the list of what is in the bracket has r
 BEYOND = tl.constexpr(0x7F800001)  # above the bits of every float32 from 0 to infinity
 # Launch parameters: rows x columns of a tile, elements of a tile, warps.
 LAUNCH = {
-    "boxes": {"R": 16, "C": 512, "num_warps": 4},
+    "pool": {"R": 16, "C": 512, "num_warps": 4},
     "bracket": {"num_warps": 16},
     "split": {"TILE": 1024, "num_warps": 4},
     "finish": {"TILE": 2048, "num_warps": 32},
@@ -48,41 +46,17 @@ LAUNCH = {
 
 def pool(x: Tensor, box: Box, grid: tuple[int, int, int], how: str = "average") -> Tensor:
     """As `select.pool`: mean or maximum over each box, [B, S, H, D] -> float32 [B, H, boxes, D]."""
-    x = _last_contiguous(x)
-    low = _low(x, box, grid)
-    _walk(x, x, low, box, Layout(grid), how=how)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    batch, _, heads, dim = x.shape
+    counts, block = box.counts(grid), box.t * box.h * box.w
+    boxes, launch = math.prod(counts), LAUNCH["pool"]
+    low = torch.empty(batch, heads, boxes, dim, dtype=torch.float32, device=x.device)
+    r, c = (min(launch[side], triton.next_power_of_2(n)) for side, n in (("R", block), ("C", heads * dim)))
+    _pool[(boxes, -(-heads * dim // c), batch)](
+        x, low, heads, *grid, *counts[1:], boxes, *x.stride()[:3], BT=box.t, BH=box.h, BW=box.w, D=dim,
+        AVERAGE=how == "average", **launch | {"R": r, "C": c},
+    )  # fmt: skip
     return low
-
-
-def pool_and_order(
-    q: Tensor, k: Tensor, v: Tensor, box: Box, layout: Layout, how: str = "average", pad: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Copies of q, k and v [B, S, H, D] in box order and pooled q and k, each tensor read once.
-
-    Returns (q, k, v, low q, low k): ordered ones contiguous [B, S', H, D], pooled ones as `pool`. The S - video tokens
-    of text stay behind the video. Without `pad`, S' = S and boxes at the grid's edge are as small as they are, as
-    `Plan.q_offsets` has them. With it every box takes t * h * w rows, so S' = boxes * t * h * w + text; the rows of an
-    edge box beyond its tokens lie behind them and are zero in all three. A zero key scores 0, not -inf: an executor has
-    to mask those rows as keys and to ignore them as queries (`restore` does).
-    """
-    copies, lows = [], []
-    for x, pooled in ((q, True), (k, True), (v, False)):
-        x = _last_contiguous(x)
-        copy = x.new_empty(x.shape[0], _ordered_length(x.shape[1], box, layout, pad), *x.shape[2:])
-        low = _low(x, box, layout.grid) if pooled else copy  # v's is never written
-        _walk(x, copy, low, box, layout, how=how if pooled else "", move="order", pad=pad)
-        copies.append(copy)
-        lows.append(low)
-    return copies[0], copies[1], copies[2], lows[0], lows[1]
-
-
-def restore(x: Tensor, box: Box, layout: Layout, pad: bool = False) -> Tensor:
-    """The inverse of `pool_and_order`'s order: [B, S', H, D] -> frame-major [B, S, H, D]; padding is left behind."""
-    x = x.contiguous()
-    extra = _ordered_length(layout.video, box, layout, pad) - layout.video
-    out = x.new_empty(x.shape[0], x.shape[1] - extra, *x.shape[2:])
-    _walk(out, x, out, box, layout, move="restore", pad=pad)
-    return out
 
 
 def select(scores: Tensor, sparsity: float, box: Box, grid: tuple[int, int, int]) -> Tensor:
@@ -144,101 +118,31 @@ def _list_rows(kept: Tensor, cuts: Tensor | None, text: int) -> tuple[Tensor, Te
     return counts, blocks, fallbacks
 
 
-def _last_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-@functools.lru_cache(maxsize=64)
-def _starts(box: Box, grid: tuple[int, int, int], pad: bool, device: torch.device) -> Tensor:
-    """Where each box begins in the ordered sequence, and the text: int32 [boxes + 1]."""
-    sizes = box_sizes(box, grid, device)
-    sizes = torch.full_like(sizes, box.t * box.h * box.w) if pad else sizes
-    return torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).int()
-
-
-def _low(x: Tensor, box: Box, grid: tuple[int, int, int]) -> Tensor:
-    shape = (x.shape[0], x.shape[2], math.prod(box.counts(grid)), x.shape[3])
-    return torch.empty(shape, dtype=torch.float32, device=x.device)
-
-
-def _ordered_length(length: int, box: Box, layout: Layout, pad: bool) -> int:
-    """Rows of an ordered copy of `length` tokens."""
-    slots = math.prod(box.counts(layout.grid)) * box.t * box.h * box.w if pad else layout.video
-    return slots + length - layout.video
-
-
-def _walk(
-    x: Tensor, ordered: Tensor, low: Tensor, box: Box, layout: Layout, how: str = "", move: str = "", pad: bool = False
-) -> None:
-    """Go over all boxes once: pool x into `low` if `how`, copy x to `ordered` or back as `move` says."""
-    batch, length, heads, dim = x.shape
-    counts, block = box.counts(layout.grid), box.t * box.h * box.w
-    boxes = math.prod(counts)
-    text_blocks = -(-(length - layout.video) // block) if move else 0
-    launch = LAUNCH["boxes"]
-    r, c = (min(launch[side], triton.next_power_of_2(n)) for side, n in (("R", block), ("C", heads * dim)))
-    _boxes[(boxes + text_blocks, -(-heads * dim // c), batch)](
-        x, ordered, low, _starts(box, layout.grid, pad, x.device), heads, length, *layout.grid, *counts[1:], boxes,
-        *x.stride()[:3], *ordered.stride()[:2], BT=box.t, BH=box.h, BW=box.w, D=dim, HOW=how, MOVE=move, PAD=pad,
-        **launch | {"R": r, "C": c},
-    )  # fmt: skip
-
-
 @triton.jit
-def _boxes(
-    X, ORDERED, LOW, STARTS, heads, length, frames, height, width, y_boxes, x_boxes, boxes, x_b, x_s, x_h, o_b, o_s,
-    BT: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, D: tl.constexpr, HOW: tl.constexpr, MOVE: tl.constexpr,
-    PAD: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+def _pool(
+    X, LOW, heads, frames, height, width, y_boxes, x_boxes, boxes, x_b, x_s, x_h,
+    BT: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, D: tl.constexpr, AVERAGE: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """One box, or one block of text, of C of the heads * D columns; R of its tokens at a time, row by row."""
-    BLOCK: tl.constexpr = BT * BH * BW
+    """One box of C of the heads * D columns; R of its tokens at a time."""
     box, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     cols = tl.program_id(1) * C + tl.arange(0, C)
     inside = cols < heads * D
     h, d = cols // D, cols % D
-    x_cols = X + b * x_b + h.to(tl.int64) * x_h + d
-    o_cols = ORDERED + b * o_b + cols
+    columns = X + b * x_b + h.to(tl.int64) * x_h + d
     t, y, x = box // (y_boxes * x_boxes) * BT, box // x_boxes % y_boxes * BH, box % x_boxes * BW
     t_size, y_size, x_size = tl.minimum(BT, frames - t), tl.minimum(BH, height - y), tl.minimum(BW, width - x)
-    text = tl.maximum(box - boxes, 0) * BLOCK  # tokens of text before this block
-    start = tl.load(STARTS + tl.minimum(box, boxes)) + text
-    pooled = tl.full([R, C], -float("inf") if HOW == "max" else 0.0, tl.float32)
-    for first in range(0, BLOCK, R):
+    pooled = tl.full([R, C], 0.0 if AVERAGE else -float("inf"), tl.float32)
+    for first in range(0, BT * BH * BW, R):
         r = first + tl.arange(0, R)
         dt, dy, dx = r // (BH * BW), r // BW % BH, r % BW
         live = (dt < t_size) & (dy < y_size) & (dx < x_size)
         token = ((t + dt) * height + y + dy) * width + x + dx
-        if MOVE != "":
-            place = start + (dt * y_size + dy) * x_size + dx
-            is_text = box >= boxes
-            token = tl.where(is_text, frames * height * width + text + r, token)
-            place = tl.where(is_text, start + r, place)
-            live = tl.where(is_text, (r < BLOCK) & (token < length), live)
-            o = o_cols[None, :] + place.to(tl.int64)[:, None] * o_s
         here = live[:, None] & inside[None, :]
-        at = x_cols[None, :] + token.to(tl.int64)[:, None] * x_s
-        if MOVE == "restore":
-            tl.store(at, tl.load(o, mask=here), mask=here)
-        else:
-            value = tl.load(at, mask=here, other=0.0)
-            if MOVE == "order":
-                tl.store(o, value, mask=here)
-            if HOW == "average":
-                pooled += value.to(tl.float32)
-            if HOW == "max":
-                pooled = tl.maximum(pooled, tl.where(here, value.to(tl.float32), -float("inf")))
-    size = t_size * y_size * x_size
-    if HOW != "":  # noqa: SIM102 (decided when compiling, the next one is not)
-        if box < boxes:
-            low = tl.max(pooled, 0) if HOW == "max" else tl.sum(pooled, 0) / size
-            tl.store(LOW + ((b * heads + h) * boxes + box) * D + d, low, mask=inside)
-    if PAD and MOVE == "order":  # noqa: SIM102 (as above)
-        if (box < boxes) & (size < BLOCK):
-            for first in range(0, BLOCK, R):
-                r = first + tl.arange(0, R)
-                o = o_cols[None, :] + (start + r).to(tl.int64)[:, None] * o_s
-                here = (r >= size) & (r < BLOCK)
-                tl.store(o, tl.zeros([R, C], ORDERED.dtype.element_ty), mask=here[:, None] & inside[None, :])
+        value = tl.load(columns[None, :] + token.to(tl.int64)[:, None] * x_s, mask=here, other=0.0).to(tl.float32)
+        pooled = pooled + value if AVERAGE else tl.maximum(pooled, tl.where(here, value, -float("inf")))
+    low = tl.sum(pooled, 0) / (t_size * y_size * x_size) if AVERAGE else tl.max(pooled, 0)
+    tl.store(LOW + ((b * heads + h) * boxes + box) * D + d, low, mask=inside)
 
 
 @triton.jit

@@ -2,9 +2,9 @@
 
 Three warp groups share a program: one starts copies, two hold 64 query rows each, as in FlashAttention-3 (Shah et al.,
 2024, arXiv 2407.08608): a row group's softmax runs while its own and the other's products do. A block of 128 tokens is
-a box of the token grid, and the tensor copy engine takes boxes from frame-major memory and puts them back there, so no
-reordered copy of q, k, v or the output is made; places beyond the grid's edge are filled with zeros by the engine,
-masked as keys and never written.
+a box of the token grid, and the tensor copy engine takes boxes from frame-major memory and puts them back there, so
+contiguous q, k, v and the output need no reordered copy; places beyond the grid's edge are filled with zeros by the
+engine, masked as keys and never written.
 
 Floor at 33x48x80 tokens, 256 of text, 24 heads of 128, 90% sparsity: 20.5 TFLOP of kept work, 26 ms at 788 TFLOP/s (a
 bf16 matrix product on an H200); q and the output once, 1.6 GB, .4 ms at 4.3 TB/s; k and v from L2, 64 KB a kept block,
@@ -13,16 +13,17 @@ bf16 matrix product on an H200); q and the output once, 1.6 GB, .4 ms at 4.3 TB/
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from importlib.metadata import version
 from typing import Any
 
 import torch
+from draftbench.kernels.devices import triton_version
+from draftbench.kernels.padded import even
 from torch import Tensor
 
 from ..attention import Plan
 from ..layout import Box, Identity, Layout
+from ..parts import part
 
 BLOCK = 128
 HEAD_DIMS = (64, 128)
@@ -36,10 +37,11 @@ def unavailable(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if major != 9:
         return f"it needs a Hopper GPU (compute capability 9.x), got {major}.{minor}"
-    if not importlib.util.find_spec("triton"):
+    found = triton_version()
+    if found is None:
         return "it needs Triton: pip install 'draftbench[triton]'"
-    if tuple(map(int, version("triton").split(".")[:2])) < (3, 6):
-        return f"it needs Triton 3.6 or newer, got {version('triton')}"
+    if found < (3, 6):
+        return f"it needs Triton 3.6 or newer, got {'.'.join(map(str, found))}"
     return None
 
 
@@ -58,28 +60,29 @@ def refuse(q: Tensor, plan: Plan) -> str | None:
     box = _box(plan)
     if math.prod(box) != BLOCK or any(side & (side - 1) for side in box):
         return f"a block must be a box whose sides are powers of two, got {'x'.join(map(str, box))}"
-    if plan.q_offsets.shape[1] > 1 or plan.q_offsets.shape != plan.kv_offsets.shape:
-        return "blocks must be the same for all heads, for queries and for keys"
+    if not plan.regular:
+        return "its blocks must be known to be boxes in turn (a regular plan)"
     return None
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, layout: Layout) -> tuple[Tensor, Tensor]:
-    """See `draftbench.kernels`; the offsets must be those of boxes in grid order, text behind them."""
+    """See `draftbench.kernels`."""
     from draftbench.kernels.gluon_forward import forward
     from draftbench.kernels.triton import schedule
 
     batch, length, heads, _ = q.shape
     box = _box(plan)
     grid = layout.grid if isinstance(plan.q_order, Box) else (1, 1, layout.video)
-    boxes = math.prod(-(-n // b) for n, b in zip(grid, box, strict=True))
-    if plan.counts.shape[2] != boxes + -(-layout.text // BLOCK):
-        raise ValueError(f"executor=gluon needs {boxes} boxes and the text's blocks, got {plan.counts.shape[2]} blocks")
-    q, k, v = (x if _side_by_side(x) else x.contiguous() for x in (q, k, v))
-    out = q.new_empty(q.shape)
+    out, v_text = q.new_empty(q.shape), None
     lse = torch.full((batch, heads, length), -torch.inf, dtype=torch.float32, device=q.device)
-    rows, counts, whole, blocks = schedule(plan, layout, batch)
-    starts = plan.kv_offsets[:, 0].contiguous()
-    forward(q, k, v, out, lse, rows, counts, whole, blocks, starts, grid, box, layout.text, STAGES)
+    with part("order"):
+        q, k, v = (x if _side_by_side(x) else x.contiguous() for x in (q, k, v))
+        starts = plan.kv_offsets[:, 0].contiguous()
+        rows, counts, whole, blocks = schedule(plan, layout, batch)
+        if layout.text and not even(plan, layout, batch):  # what pads it may be NaN, and 0 times NaN is NaN
+            padding = torch.arange(layout.video, length, device=q.device) >= starts[:, -1:]
+            v_text = v[:, layout.video :].masked_fill(padding[..., None, None], 0)
+    forward(q, k, v, v_text, out, lse, rows, counts, whole, blocks, starts, grid, box, layout.text, STAGES)
     return out, lse
 
 

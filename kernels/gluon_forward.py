@@ -29,19 +29,23 @@ WIDTH = 64  # channels a copy: 128 bytes, the widest swizzle
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rows: Tensor, counts: Tensor, whole: Tensor,
-    blocks: Tensor, starts: Tensor, grid: tuple[int, int, int], box: tuple[int, int, int], text: int, stages: int,
+    q: Tensor, k: Tensor, v: Tensor, v_text: Tensor | None, out: Tensor, lse: Tensor, rows: Tensor, counts: Tensor,
+    whole: Tensor, blocks: Tensor, starts: Tensor, grid: tuple[int, int, int], box: tuple[int, int, int], text: int,
+    stages: int,
 ) -> None:  # fmt: skip
     """Attention of q, k, v [B, S, H, D], heads and channels side by side, over kept blocks into out and lse [B, H, S].
 
     rows: the order in which a head's query blocks start, int32 [B * H, blocks]. counts, whole, blocks: kept key blocks
-    of each query block, the first `whole` of them of 128 tokens. starts: int32 [B, blocks + 1].
+    of each query block, the first `whole` of them of 128 tokens. starts: int32 [B, blocks + 1]. v_text: values of text
+    [B, text, H, D], finite also where it is padding; None takes them from v.
     """
     batch, length, heads, dim = q.shape
     half = (box[0] // 2, *box[1:]) if box[0] > 1 else (1, box[1] // 2, box[2]) if box[1] > 1 else (1, 1, box[2] // 2)
     sides = [(q, half), (k, box), (v, box), (out, half)]
     video = [_video(x, grid, part) for x, part in sides]
-    behind = [_text(x, math.prod(grid), text, math.prod(part)) for x, part in sides]
+    behind = [_text(x[:, math.prod(grid) :] if text else x, text, math.prod(part)) for x, part in sides]
+    if v_text is not None:
+        behind[2] = _text(v_text, text, math.prod(box))
     scale = math.log2(math.e) / math.sqrt(dim)
     cut = tuple(n % b != 0 for n, b in zip(grid, box, strict=True))
     taken = torch.zeros(1, dtype=torch.int32, device=q.device)
@@ -62,12 +66,11 @@ def _video(x: Tensor, grid: tuple[int, int, int], box: tuple[int, int, int]) -> 
     return TensorDescriptor(x, shape, strides, [1, *box, WIDTH], layout)
 
 
-def _text(x: Tensor, video: int, text: int, tokens: int) -> TensorDescriptor:
-    """The text tokens of x as [B, text, H * D]; without text, a descriptor that no copy uses."""
-    behind = x[:, video:] if text else x
+def _text(x: Tensor, text: int, tokens: int) -> TensorDescriptor:
+    """Text tokens x [B, text, H, D] as [B, text, H * D]; without text, a descriptor that no copy uses."""
     shape = [len(x), max(text, 1), x.shape[2] * x.shape[3]]
     layout = gl.NVMMASharedLayout(128, 16, rank=3)
-    return TensorDescriptor(behind, shape, [x.stride(0), x.stride(1), 1], [1, tokens, WIDTH], layout)
+    return TensorDescriptor(x, shape, [x.stride(0), x.stride(1), 1], [1, tokens, WIDTH], layout)
 
 
 @gluon.jit
@@ -155,7 +158,7 @@ def _copies(arguments, BOX: gl.constexpr, HALF: gl.constexpr, D: gl.constexpr, S
         block = gl.load(ROWS + job)
         b = item // heads
         column = item % heads * D
-        row = item.to(gl.int64) * q_blocks + block
+        row = item.to(gl.int64) * q_blocks + block  # 64 bits: with longer videos a list's offset passes 2^31
         count = gl.load(COUNTS + row)
         blocks = BLOCKS + row * capacity
         kept = gl.load(blocks)
@@ -297,7 +300,7 @@ def _rows(
         block = gl.load(ROWS + job)
         b = item // heads
         h = item % heads
-        row = item.to(gl.int64) * q_blocks + block
+        row = item.to(gl.int64) * q_blocks + block  # 64 bits: with longer videos a list's offset passes 2^31
         count = gl.load(COUNTS + row)
         whole = gl.load(WHOLE + row)
         blocks = BLOCKS + row * capacity
@@ -342,8 +345,9 @@ def _rows(
             total = gl.convert_layout(gl.sum(sums, 1), rows_layout)
         place = PART * M + gl.arange(0, M, layout=rows_layout)
         real = _real(block, place, starts, grid, boxes, BOX, CUT)
-        share = gl.where(real & (total > 0.0), 1.0 / total, 0.0)
-        q.store((o * gl.convert_layout(share, gl.SliceLayout(1, o_layout))[:, None]).to(dtype))
+        held = gl.convert_layout(real & (total > 0.0), gl.SliceLayout(1, o_layout))
+        o = o / gl.convert_layout(total, gl.SliceLayout(1, o_layout))[:, None]
+        q.store(gl.where(held[:, None], o, 0.0).to(dtype))  # a place without a token may hold NaN
         fence_async_shared()
         T, Y, X = grid
         t, y, x = _corner(block, grid, BOX)

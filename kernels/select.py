@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
+from draftbench.kernels.devices import on_device_of, triton_version
 from torch import Tensor
 
 from ..attention import Call, Plan
@@ -17,8 +18,11 @@ from ..parts import part
 
 
 def fast(x: Tensor) -> bool:
-    """Whether the Triton kernels take x: any tensor on a GPU but float64. Decided by nothing else, and nowhere else."""
-    return x.device.type == "cuda" and x.dtype != torch.float64
+    """Whether the Triton kernels take x: any tensor on a GPU but float64, where Triton is installed. Decided here only.
+
+    The rest is plain torch, whose results are the same.
+    """
+    return x.device.type == "cuda" and x.dtype != torch.float64 and triton_version() is not None
 
 
 @part("pool")
@@ -30,7 +34,8 @@ def pool(x: Tensor, box: Box, grid: tuple[int, int, int], how: str = "average") 
     if fast(x):
         from draftbench.kernels import draft
 
-        return draft.pool(x, box, grid, how)
+        with on_device_of(x):
+            return draft.pool(x, box, grid, how)
     batch, _, heads, dim = x.shape
     frames, height, width = grid
     video = x[:, : frames * height * width].float().permute(0, 2, 3, 1).reshape(batch, heads * dim, *grid)
@@ -100,18 +105,20 @@ def lists(mask: Tensor, text: int = 0) -> tuple[Tensor, Tensor]:
     if fast(mask):
         from draftbench.kernels import draft
 
-        return draft.mask_lists(mask, text)
+        with on_device_of(mask):
+            return draft.mask_lists(mask, text)
     mask = torch.nn.functional.pad(mask, (0, text, 0, text), value=True)
     return mask.sum(-1, dtype=torch.int32), (~mask).to(torch.int8).argsort(dim=-1, stable=True).int()
 
 
 def plan_from_mask(
-    mask: Tensor, order: Order, sizes: Tensor, block: int, call: Call, fallbacks: Tensor | None = None
-) -> Plan:
+    mask: Tensor, order: Order, sizes: Tensor, block: int, call: Call, fallbacks: Tensor | None = None,
+    regular: bool = False,
+) -> Plan:  # fmt: skip
     """A plan from kept video blocks [B, H, n, n] of `sizes` tokens in `order`; text rows and columns stay dense."""
     starts = offsets(sizes, call.layout, call.text_lengths, block)
     counts, blocks = lists(mask, starts.shape[-1] - 1 - mask.shape[-1])
-    return Plan(starts, starts, counts, blocks, block, block, order, order, fallbacks)
+    return Plan(starts, starts, counts, blocks, block, block, order, order, fallbacks, regular)
 
 
 def threshold_plan(scores: Tensor, sparsity: float, box: Box, call: Call) -> Plan:
@@ -126,21 +133,21 @@ def threshold_plan(scores: Tensor, sparsity: float, box: Box, call: Call) -> Pla
 
     block = box.t * box.h * box.w
     starts = offsets(box_sizes(box, call.layout.grid, scores.device), call.layout, call.text_lengths, block)
-    with part("select"):
+    with part("select"), on_device_of(scores):
         cuts = draft.select(scores, sparsity, box, call.layout.grid)
-    with part("list"):
+    with part("list"), on_device_of(scores):
         counts, blocks, fallbacks = draft.lists(scores, cuts, starts.shape[-1] - 1 - scores.shape[-1])
-    return Plan(starts, starts, counts, blocks, block, block, box, box, fallbacks)
+    return Plan(starts, starts, counts, blocks, block, block, box, box, fallbacks, regular=True)
 
 
 def full_plan(call: Call, heads: int, block: int = 128) -> Plan:
     """A plan that keeps everything, in blocks of `block` tokens."""
     sizes = even_sizes(call.layout.video, block, call.text_lengths.device)
     mask = torch.ones(len(call.text_lengths), heads, len(sizes), len(sizes), dtype=torch.bool, device=sizes.device)
-    return plan_from_mask(mask, Identity(), sizes, block, call)
+    return plan_from_mask(mask, Identity(), sizes, block, call, regular=True)
 
 
 def box_plan(mask: Tensor, box: Box, call: Call, fallbacks: Tensor | None = None) -> Plan:
     """As `plan_from_mask`, for boxes in grid order."""
     sizes = box_sizes(box, call.layout.grid, mask.device)
-    return plan_from_mask(mask, box, sizes, box.t * box.h * box.w, call, fallbacks)
+    return plan_from_mask(mask, box, sizes, box.t * box.h * box.w, call, fallbacks, regular=True)

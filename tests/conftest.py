@@ -41,6 +41,14 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize(list(marker.kwargs), rows, ids=lambda value: str(value).removeprefix("torch."))
 
 
+def pytest_collection_modifyitems(config, items):
+    """What is `full` runs only if it is asked for, also where another mark selects it."""
+    if "full" not in config.option.markexpr or config.option.markexpr == "not full":
+        rest = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=rest)
+        items[:] = [item for item in items if item not in set(rest)]
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """Makes a weights file from a seed: two layers, random throughout, so that attention shapes the frames."""

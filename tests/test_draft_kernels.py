@@ -8,7 +8,7 @@ from draftbench.kernels import draft, select
 from draftbench.methods.draft import Draft
 
 from draftbench.attention import count_pairs
-from draftbench.layout import Box, Layout, box_sizes, permutation
+from draftbench.layout import Box, Layout, box_sizes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 needs_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
@@ -122,29 +122,6 @@ def test_pooled_values(case, dtype, dim, how):
     torch.testing.assert_close(draft.pool(q, box, grid, how), expected, atol=2e-6, rtol=2e-6)
     wide = torch.stack([q, q], 2).transpose(2, 3)[:, :, :, 0]  # heads that do not lie side by side
     assert torch.equal(draft.pool(wide, box, grid, how), draft.pool(q, box, grid, how))
-
-
-@pytest.mark.pairs(case=list(CASES), dtype=[torch.float32, torch.bfloat16], pad=[False, True])
-def test_order_and_restore(case, dtype, pad):
-    grid, box, text = CASES[case]
-    layout = Layout(grid, max(text))
-    q, k, v = tokens(layout, len(text), 3, 16, dtype)
-    *ordered, low_q, low_k = draft.pool_and_order(q, k, v, box, layout, pad=pad)
-    order = permutation(box, layout, DEVICE)[0, 0]
-    sizes, block = box_sizes(box, grid, DEVICE).long(), box.t * box.h * box.w
-    places = torch.arange(layout.length, device=DEVICE)
-    if pad:  # where each token of the packed order lies among padded boxes
-        shift = torch.arange(len(sizes), device=DEVICE) * block - (sizes.cumsum(0) - sizes)
-        shift = shift.repeat_interleave(sizes)
-        places[: layout.video] += shift
-        places[layout.video :] += len(sizes) * block - layout.video
-    for x, copy in zip((q, k, v), ordered, strict=True):
-        assert copy.is_contiguous() and copy.shape[1] == (len(sizes) * block + layout.text if pad else layout.length)
-        assert torch.equal(copy[:, places], x[:, order])
-        assert not copy.index_fill(1, places, 0).any()  # zeros between
-        assert torch.equal(draft.restore(copy, box, layout, pad), x)
-    torch.testing.assert_close(low_q, select.pool(q, box, grid), atol=2e-6, rtol=2e-6)
-    torch.testing.assert_close(low_k, select.pool(k, box, grid), atol=2e-6, rtol=2e-6)
 
 
 def call(layout, text):

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import draftbench.kernels
 import pytest
 import torch
 from draftbench.kernels import dense, fa4, resolve, run
@@ -120,7 +121,7 @@ def test_the_readme_tells_what_an_executor_takes(name, monkeypatch):
     def takes(dtype=torch.bfloat16, dim=64, block=128):
         q = SimpleNamespace(device=device, dtype=dtype, shape=(1, 256, 2, dim), is_cuda=device.type == "cuda")
         starts = torch.zeros(1, 1, 3)
-        plan = Plan(starts, starts, starts, starts, block, block, Identity(), Identity())
+        plan = Plan(starts, starts, starts, starts, block, block, regular=True)
         return refuse(q, plan) is None
 
     said = set(re.findall(r"\w+\d+", row["dtypes"])) or set(DTYPES)
@@ -246,3 +247,21 @@ def test_an_order_for_each_head(name):
     expected, expected_lse = run("reference")(q.float(), k.float(), v.float(), plan, layout)
     assert (out.float() - expected).norm() / expected.norm() < 5e-3
     torch.testing.assert_close(lse, expected_lse, atol=1e-2, rtol=0)
+
+
+def test_tensors_that_do_not_go_together_are_refused():
+    q, k, v, plan, layout = problem((2, 8, 16), 5)
+    for changed, message in (
+        ((q, k[:, :, :1], v), r"must have one shape .* got \[1, 261"),
+        ((q, k, v.half()), "must have one dtype on one device, got torch.bfloat16 on .*torch.float16"),
+        ((q[:, :-1], k[:, :-1], v[:, :-1]), "must have the layout's 261 tokens, got 260"),
+        ((q[:, :, :1], k[:, :, :1], v[:, :, :1]), "lists must be for 1 items and 1 heads"),
+    ):
+        with pytest.raises(ValueError, match=f"executor=reference cannot run this plan: .*{message}"):
+            run("reference")(*changed, plan, layout)
+
+
+def test_auto_needs_triton_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(draftbench.kernels, "triton_version", lambda: None)
+    with pytest.raises(RuntimeError, match=r"executor=auto cannot run here: .* pip install 'draftbench\[triton\]'"):
+        resolve("auto", torch.device("cuda"))
