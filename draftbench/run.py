@@ -256,6 +256,7 @@ class Job:
         return records.new(
             cell_id=self.cell_id(*cell), model=self.model.name, weights_hash=self.model.weights_hash, method=self.name,
             method_settings=_plain(self.method), executor=self.executor_name, executors_run=sorted(self.executor.ran),
+            dense_kernel=dense_kernel.name(self.model.device),
             prompt=cell[0], seed=cell[1],
             grid=list(self.model.grid), sparsity=float(self.method.target), status=status,
             model_settings=self.model.settings(), dense=asdict(self.parts),
@@ -311,7 +312,7 @@ class Job:
         return {
             "model": self.model.name, "weights": self.model.weights_hash, "settings": self.model.settings(),
             "steps": self.model.steps, "device": self.environment["device"], "versions": self.environment["versions"],
-            "source": self.model_source,
+            "source": self.model_source, "dense_kernel": dense_kernel.name(self.model.device),
         }  # fmt: skip
 
 

@@ -6,17 +6,29 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from draftbench.kernels import fa4
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..layout import Layout
 
 
+def name(device: torch.device) -> str:
+    """The kernel of half-precision calls on a device, the fastest that is there: fa4 (FlashAttention-4), cudnn or sdpa.
+
+    Measured on an H200 (results/tables/attention_h200.md): FlashAttention-4 before cuDNN.
+    """
+    if device.type != "cuda":
+        return "sdpa"
+    return "cudnn" if fa4.unavailable(device) else "fa4"
+
+
 def run(q: Tensor, k: Tensor, v: Tensor, layout: Layout, text_lengths: Sequence[int] | Tensor) -> Tensor:
     """Dense attention [B, S, H, D] over the real tokens of each item; rows of text padding come out as zero.
 
-    cuDNN's kernel on a GPU, torch's flash attention on a CPU. Items of different real text lengths run one by one
-    with their padding cropped, since a mask would keep the call off the fast kernels.
+    `name`'s kernel; torch's own choice in float32, cuDNN for head dims that FlashAttention-4 does not take. Items of
+    different real text lengths run one by one with their padding cropped, since a mask would keep the call off the
+    fast kernels.
     """
     text = text_lengths.tolist() if isinstance(text_lengths, Tensor) else text_lengths
     lengths = [layout.video + n for n in text] if layout.text else [layout.video] * len(q)
@@ -30,8 +42,14 @@ def run(q: Tensor, k: Tensor, v: Tensor, layout: Layout, text_lengths: Sequence[
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    kernel = "sdpa" if q.dtype == torch.float32 else name(q.device)
+    if kernel == "fa4" and q.shape[-1] in fa4.HEAD_DIMS:
+        from flash_attn.cute.interface import _flash_attn_fwd
+
+        out: Tensor = _flash_attn_fwd(q, k, v)[0]
+        return out
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if q.device.type == "cuda" and q.dtype != torch.float32:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    if kernel == "sdpa":
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)

@@ -2,8 +2,9 @@
 
 import dataclasses
 import re
+import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import draftbench.kernels
 import pytest
@@ -265,3 +266,30 @@ def test_auto_needs_triton_on_a_gpu(monkeypatch):
     monkeypatch.setattr(draftbench.kernels, "triton_version", lambda: None)
     with pytest.raises(RuntimeError, match=r"executor=auto cannot run here: .* pip install 'draftbench\[triton\]'"):
         resolve("auto", torch.device("cuda"))
+
+
+def test_dense_takes_the_fastest_kernel_that_is_there(monkeypatch):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(fa4, "installed", lambda: True)
+    assert dense.name(cuda) == "fa4" and dense.name(torch.device("cpu")) == "sdpa"
+    monkeypatch.setattr(fa4, "installed", lambda: False)
+    assert dense.name(cuda) == "cudnn"
+    monkeypatch.setattr(fa4, "installed", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    assert dense.name(cuda) == "cudnn"
+
+
+def test_dense_by_flash_attention_4(monkeypatch):
+    q, k, v, _, layout = problem((2, 8, 16), 5, batch=2)
+    expected = dense.run(q, k, v, layout, [5, 3])
+    interface = ModuleType("flash_attn.cute.interface")
+    interface._flash_attn_fwd = lambda q, k, v: (
+        dense.F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2),
+        None,
+    )
+    for name in ("flash_attn", "flash_attn.cute"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", interface)
+    monkeypatch.setattr(dense, "name", lambda device: "fa4")
+    assert torch.equal(dense.run(q, k, v, layout, [5, 3]), expected)
