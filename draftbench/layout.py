@@ -65,6 +65,20 @@ class Box:
         """Number of boxes along each axis of `grid`."""
         return tuple(-(-n // b) for n, b in zip(grid, (self.t, self.h, self.w), strict=True))  # type: ignore[return-value]
 
+    def halved(self, tokens: int) -> Box:
+        """The box cut in halves, along t first, down to `tokens` tokens; as it is if that does not come out even."""
+        t, h, w = self.t, self.h, self.w
+        while t * h * w > tokens:
+            if t % 2 == 0:
+                t //= 2
+            elif h % 2 == 0:
+                h //= 2
+            elif w % 2 == 0:
+                w //= 2
+            else:
+                return self
+        return Box(t, h, w) if t * h * w == tokens else self
+
 
 @dataclass(frozen=True, eq=False)
 class Index:
@@ -95,6 +109,16 @@ def box_sizes(box: Box, grid: tuple[int, int, int], device: torch.device) -> Ten
         side[-1] = n - b * (len(side) - 1)
         sides.append(side)
     return (sides[0][:, None, None] * sides[1][:, None] * sides[2]).flatten().to(device)
+
+
+@functools.lru_cache(maxsize=64)
+def owners(part: Box, box: Box, grid: tuple[int, int, int], device: torch.device) -> Tensor:
+    """The box that each of its parts lies in, int64 [parts], both in grid order; sides of a box are multiples."""
+    axes = [torch.arange(n, device=device) for n in part.counts(grid)]
+    t, y, x = torch.meshgrid(*axes, indexing="ij")
+    _, height, width = box.counts(grid)
+    owner = (t * part.t // box.t * height + y * part.h // box.h) * width + x * part.w // box.w
+    return owner.flatten()
 
 
 def permutation(order: Order, layout: Layout, device: torch.device) -> Tensor | None:

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from ..attention import Call, Method, Plan
 from ..kernels.select import box_plan
-from ..layout import Box
+from ..layout import Box, owners
+
+BLOCK = 128  # tokens; a larger tile is listed as parts of it, which more kernels take and all run as fast
 
 
 @dataclass
@@ -30,7 +32,11 @@ class STA(Method):
         box = Box(*(int(n) for n in self.tile))
         windows = choose_windows(box, call.layout.grid, q.shape[2], round(1 - self.sparsity, 9))
         mask = torch.stack([window_mask(box, call.layout.grid, window, q.device) for window in windows])
-        return box_plan(mask.expand(len(q), -1, -1, -1), box, call)
+        part = box.halved(BLOCK)
+        if part != box:
+            owner = owners(part, box, call.layout.grid, q.device)
+            mask = mask[:, owner][:, :, owner]
+        return box_plan(mask.expand(len(q), -1, -1, -1), part, call)
 
 
 def _axis_masks(box: Box, grid: tuple[int, int, int], window: tuple[int, int, int]) -> list[Tensor]:

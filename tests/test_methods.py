@@ -2,12 +2,14 @@
 
 import importlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from draftbench.kernels import dense, run
 from draftbench.kernels.mass import attention_mass
+from draftbench.methods import sta
 
 from draftbench.attention import DenseParts, Meter, Method, Request, Session, count_pairs
 from draftbench.layout import Box, Layout
@@ -137,6 +139,24 @@ def test_controls_of_dense_drop_nothing(name):
     torch.testing.assert_close(out, dense.run(q, k, v, layout, lengths), atol=1e-5, rtol=1e-4)
     assert session.meter.density() == [1, 1]
     assert build(name, 0.9).sparsity == 0
+
+
+@pytest.mark.parametrize("grid", [(8, 16, 16), (9, 17, 20)], ids=str)
+def test_a_large_tile_is_listed_in_parts(grid, monkeypatch):
+    """256 tokens a tile: the same pairs as by whole tiles, in blocks of 128."""
+    call = SimpleNamespace(layout=Layout(grid, 5), text_lengths=torch.tensor([5, 2]))
+    q = torch.zeros(2, call.layout.length, 4, 8)
+    plan = sta.STA(0.6, tile=(4, 8, 8)).plan(q, q, q, call)
+    monkeypatch.setattr(sta, "BLOCK", 256)
+    whole = sta.STA(0.6, tile=(4, 8, 8)).plan(q, q, q, call)
+    assert (plan.q_block, whole.q_block) == (128, 256)
+    assert (count_pairs(plan, call.layout)[1] == count_pairs(whole, call.layout)[1]).all()
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, call.layout.length, 4, 8)
+    (out, lse), (whole_out, whole_lse) = (run("cpu")(q, k, v, x, call.layout) for x in (plan, whole))
+    real = torch.arange(call.layout.length) < call.layout.video + call.text_lengths[:, None]
+    torch.testing.assert_close(out[real], whole_out[real])
+    torch.testing.assert_close(lse.mT[real], whole_lse.mT[real])
 
 
 def test_other_seed_and_fewer_steps_change_the_request():
