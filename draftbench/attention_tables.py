@@ -11,6 +11,8 @@ Row = dict[str, Any]
 SAME = ("versions", "commit", "budget_s")
 HERE = ("device", "run", "source", "shape_settings")  # within a shape: its rows were timed in turn
 LEVELS = (0.5, 0.75, 0.9)
+SELECTION = " Selection: pooling, scores, threshold and lists, timed alone in the same rounds."
+TRIMMED = "; trimmed: as many, the best of each row of draft's map"
 ORDER = ("pool", "score", "select", "list", "estimate", "order", "kernel", "restore", "rest")  # of the parts
 
 
@@ -44,13 +46,18 @@ def markdown(rows: Sequence[Row], source: str) -> str:
         "draft_X: the whole operation, frame-major q, k, v in and the output out, on executor X; kernel_X: that "
         "executor on a given plan; draft_paper: selected and reordered as the paper's code does. Peers get q, k, v in "
         "block order and their lists for nothing. captured: blocks that draft selects on q and k of "
-        f"pocket (`{first['source']['prompt']}`, seed {first['source']['seed']}), tiled to the shape; balanced: "
-        "random, as many in every row. ms: median [20%, 80%] (n) of timings in turn, warm-up excluded; TFLOP/s of kept "
-        "pairs; speed-up over the fastest dense kernel, timed among them; ideal: share of (dense time x pairs kept / "
-        f"all pairs); error: relative, against float32 on sampled rows (worst row); GiB beside the inputs. About "
-        f"{first['budget_s']:g} s of timing a row.",
+        f"pocket (`{first['source']['prompt']}`, seed {first['source']['seed']}), tiled to the shape, so that their "
+        "place repeats with the clip as well as their number varies; balanced: random, as many in every row"
+        f"{TRIMMED if any(row['mask'] == 'trimmed' for row in rows) else ''}. ms: median [20%, 80%] (n) of timings in "
+        "turn, warm-up excluded; times whose [20%, 80%] overlap are not told apart. TFLOP/s of kept pairs; speed-up "
+        "over the dense kernel of the lowest median, timed among them; ideal: share of (dense time x pairs kept / all "
+        "pairs); error: relative, against float32 on sampled rows (worst row); GiB beside the inputs. About "
+        f"{first['budget_s']:g} s of timing a row{_rule(first)}.",
         "",
         short(rows),
+        "",
+        "Other kernel: of others, on the same blocks, the one of the lowest median and those not told apart from it."
+        f"{SELECTION if any(row.get('plan_ms') for row in rows) else ''}",
     ]
     for shape in dict.fromkeys(row["shape"] for row in rows):
         out += ["", *_shape([row for row in rows if row["shape"] == shape])]
@@ -58,29 +65,43 @@ def markdown(rows: Sequence[Row], source: str) -> str:
 
 
 def short(rows: Sequence[Row]) -> str:
-    """The table of what matters most: for each shape, a column an executor of ours and one for the paper's way."""
+    """The table of what matters most: for each shape, a column an executor of ours, one for the paper's way, and one
+    for the fastest kernel of others on the same blocks."""
     found = {(row["shape"], row["contestant"], row["mask"], row["sparsity"]): row for row in rows if _ok(row)}
     names = sorted({name.partition("_")[2] for _, name, _, _ in found if name.startswith(("draft_", "kernel_"))})
-    out = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    peers = [row for row in found.values() if row["contestant_kind"] == "kernel" and not _ours(row)]
+    columns = ["", *names, *(["other kernel"] if peers else [])]
+    out = [f"| {' | '.join(columns).lstrip()} |", "|---" * len(columns) + "|"]
     for shape in dict.fromkeys(row["shape"] for row in rows):
-
-        def get(name: str, level: float, mask: str = "captured", shape: str = shape) -> Row | None:
-            return found.get((shape, name, mask, level))
-
-        lines: dict[str, list[str]] = {}
         for level in sorted({row["sparsity"] for row in rows} & set(LEVELS), reverse=True):
-            whole = [get(f"draft_{name}", level) for name in names]
-            kernel = [get(f"kernel_{name}", level) for name in names]
-            even = [get(f"kernel_{name}", level, "balanced") for name in names]
-            at = f"{shape}, {level:.0%}"
-            lines[f"{at}: share of the ideal, whole operation"] = [_value(row, "ideal_share", ".2f") for row in whole]
-            lines[f"{at}: speed-up over dense, whole operation"] = [_value(row, "speedup", ".2f") for row in whole]
-            lines[f"{at}: ms beyond the kernel alone"] = [_beyond(a, b) for a, b in zip(whole, kernel, strict=True)]
-            lines[f"{at}: TFLOP/s of the kernel, captured"] = [_value(row, "tflops", ".3g") for row in kernel]
-            lines[f"{at}: time a pair, captured over balanced"] = [
-                _skew(a, b) for a, b in zip(kernel, even, strict=True)
-            ]
-        out += [f"| {name} | {' | '.join(cells)} |" for name, cells in lines.items() if set(cells) != {"-"}]
+
+            def get(name: str, mask: str = "captured", shape: str = shape, level: float = level) -> Row | None:
+                return found.get((shape, name, mask, level))
+
+            whole = [get(f"draft_{name}") for name in names]
+            kernel, even, trimmed = (
+                [get(f"kernel_{name}", mask) for name in names] for mask in ("captured", "balanced", "trimmed")
+            )
+            lines = {
+                "ms, whole operation": [_spread(row) for row in whole],
+                "share of the ideal, whole operation": [_value(row, "ideal_share", ".2f") for row in whole],
+                "speed-up over dense, whole operation": [_value(row, "speedup", ".2f") for row in whole],
+                "ms of the selection": [_spread(row, "plan_ms") for row in whole],
+            }
+            others = {}
+            for mask, ours in (("captured", kernel), ("balanced", even)):
+                here = [row for row in peers if (row["shape"], row["sparsity"], row["mask"]) == (shape, level, mask)]
+                line = f"ms of the kernel, share of the ideal, {mask}"
+                lines[line], others[line] = [_with_share(row) for row in ours], _fastest(here)
+            lines |= {
+                "TFLOP/s of the kernel, captured": [_value(row, "tflops", ".3g") for row in kernel],
+                "time a pair, captured over random": list(map(_skew, kernel, even)),
+                "time a pair, captured over trimmed": list(map(_skew, kernel, trimmed)),
+            }
+            for name, cells in lines.items():
+                cells += [others.get(name, "-")] if peers else []
+                if set(cells) != {"-"}:
+                    out.append(f"| {shape}, {level:.0%}: {name} | {' | '.join(cells)} |")
     return "\n".join(out)
 
 
@@ -92,15 +113,16 @@ def _shape(rows: list[Row]) -> list[str]:
         "",
         f"Grid {'x'.join(map(str, settings['grid']))}, {settings['text']} text tokens, {settings['heads']} heads of "
         f"{settings['dim']}, {settings['dtype'].removeprefix('torch.')}, on {rows[0]['device']}.",
+        *_asked(rows),
         "",
         "| sparsity | mask | contestant | achieved | ms | TFLOP/s | speed-up | ideal | error | GiB |",
         "|" + "---|" * 10,
     ]
     for row in filter(_ok, rows):
-        ms, error = row["ms"], row["error"]
+        error = row["error"]
         out.append(
             f"| {row['sparsity']:g} | {row['mask']} | {row['contestant']} | {row['sparsity_achieved']:.3f} "
-            f"| {ms['p50']:.3f} [{ms['p20']:.3f}, {ms['p80']:.3f}] ({ms['n']}) | {_value(row, 'tflops', '.3g')} "
+            f"| {_spread(row)} ({row['ms']['n']}) | {_value(row, 'tflops', '.3g')} "
             f"| {_value(row, 'speedup', '.2f')} | {_value(row, 'ideal_share', '.3f')} "
             f"| {error['all']:.1e} ({error['worst']:.1e}) | {_value(row, 'peak_memory_gib', '.2f')} |"
         )
@@ -116,7 +138,7 @@ def _shape(rows: list[Row]) -> list[str]:
             "|" + "---|" * (len(names) + 2),
         ]
         for row in whole:
-            cells = [f"{row['parts_ms'][name]:.3f}" if name in row["parts_ms"] else "-" for name in names]
+            cells = [_number(row["parts_ms"][name]) if name in row["parts_ms"] else "-" for name in names]
             out.append(f"| {row['sparsity']:g} | {row['contestant']} | {' | '.join(cells)} |")
     reasons: dict[tuple[str, str], list[str]] = defaultdict(list)
     for row in rows:
@@ -126,8 +148,13 @@ def _shape(rows: list[Row]) -> list[str]:
         out += ["", "Without a time:", ""]
         for (name, status), where in reasons.items():
             out.append(
-                f"- {name}: {' '.join(status.split())}" + ("" if "absent" in status else f" ({', '.join(where)})")
+                f"- {name}: {' '.join(status.split())}"
+                + ("" if status.startswith("absent") else f" ({', '.join(where)})")
             )
+    incomplete = [(row, lacks(row)) for row in rows if _ok(row) and lacks(row)]
+    if incomplete:
+        out += ["", "Incomplete:", ""]
+        out += [f"- {row['contestant']} ({row['mask']} {row['sparsity']:g}): {reason}" for row, reason in incomplete]
     return out
 
 
@@ -147,13 +174,13 @@ def figure(rows: Sequence[Row], path: Path, digest: str) -> None:
     picture = Figure(figsize=(6.4 * len(shapes), 5.2), layout="constrained")
     names = list(dict.fromkeys(row["contestant"] for row in rows if _ok(row)))
     for axes, shape in zip(picture.subplots(1, len(shapes), squeeze=False)[0], shapes, strict=True):
-        here = [row for row in rows if _ok(row) and row["shape"] == shape and row["mask"] != "balanced"]
+        here = [row for row in rows if _ok(row) and row["shape"] == shape and row["mask"] in ("dense", "captured")]
         for number, name in enumerate(names):
             own = sorted((row["sparsity_achieved"], row["ms"]["p50"]) for row in here if row["contestant"] == name)
             if own:
                 style = {"color": f"C{number % 10}", "marker": "os^Dvx"[number // 10 % 6], "markersize": 4}
                 axes.plot(*zip(*own, strict=True), label=name, linewidth=1, **style)
-        ideal = {row["sparsity"]: row for row in here if row["mask"] in ("dense", "captured") and row["dense"]}
+        ideal = {row["sparsity"]: row for row in here if row["dense"] and row["dense"]["ms"]}
         line = [(r["sparsity_achieved"], r["dense"]["ms"] * r["density"]) for _, r in sorted(ideal.items())]
         if line:
             at, ms = np.array(line).T
@@ -172,17 +199,67 @@ def _ok(row: Row) -> bool:
     return bool(row["status"] == "ok")
 
 
+def lacks(row: Row) -> str | None:
+    """What a row that has a time lacks, and why, or None: a dense time to compare with, or its parts."""
+    if row["dense"] and row["dense"]["ms"] is None:
+        return f"no dense time ({row['dense']['contestant'] or 'none'}): {row['dense']['failed']}"
+    return f"no parts: {row['parts_failed']}" if row.get("parts_failed") else None
+
+
+def _ours(row: Row) -> bool:
+    return str(row["contestant"]).startswith("kernel_")
+
+
+def _rule(row: Row) -> str:
+    """How many timings a row has; nothing of a record that does not say."""
+    return f", {row['requested']['timings']}" if row.get("requested") else ""
+
+
+def _asked(rows: Sequence[Row]) -> list[str]:
+    """A line on what the run of one shape was asked for; none of records that do not say."""
+    asked = rows[0].get("requested")
+    if not asked:
+        return []
+    levels = ", ".join(f"{level:g}" for level in asked["sparsities"])
+    return [
+        "",
+        f"Asked for: {', '.join(asked['contestants'])}, at {levels}, on {', '.join(asked['masks'])}, for the shapes "
+        f"{', '.join(asked['shapes'])}. Known for this shape, not asked for: {', '.join(asked['others']) or 'none'}.",
+    ]
+
+
+def _number(value: float) -> str:
+    """At most four significant digits, and three behind the point."""
+    value = float(f"{value:.4g}")
+    return f"{value:.{max(0, 4 - max(1, len(str(int(value)))))}f}"
+
+
+def _spread(row: Row | None, name: str = "ms") -> str:
+    """Median [20%, 80%] of a row's times."""
+    if row is None or not row.get(name):
+        return "-"
+    p20, p50, p80 = (_number(row[name][key]) for key in ("p20", "p50", "p80"))
+    return f"{p50} [{p20}, {p80}]"
+
+
+def _with_share(row: Row | None) -> str:
+    share = _value(row, "ideal_share", ".2f")
+    return _spread(row) + ("" if share == "-" else f", {share}")
+
+
+def _fastest(rows: Sequence[Row]) -> str:
+    """The row of the lowest median, and every other whose times overlap with its."""
+    ranked = sorted(rows, key=lambda row: float(row["ms"]["p50"]))
+    near = [row for row in ranked if row["ms"]["p20"] <= ranked[0]["ms"]["p80"]]
+    return "; ".join(f"{row['contestant']} {_with_share(row)}" for row in near) or "-"
+
+
 def _value(row: Row | None, name: str, form: str) -> str:
     return "-" if row is None or row[name] is None else format(row[name], form)
 
 
-def _beyond(whole: Row | None, kernel: Row | None) -> str:
-    """Milliseconds of a whole operation less those of its executor alone on the same blocks, both timed in turn."""
-    return "-" if whole is None or kernel is None else f"{whole['ms']['p50'] - kernel['ms']['p50']:.2f}"
-
-
-def _skew(captured: Row | None, balanced: Row | None) -> str:
-    if captured is None or balanced is None:
+def _skew(captured: Row | None, other: Row | None) -> str:
+    if captured is None or other is None:
         return "-"
-    a, b = (row["ms"]["p50"] / row["kept_pairs"] for row in (captured, balanced))
+    a, b = (row["ms"]["p50"] / row["kept_pairs"] for row in (captured, other))
     return f"{a / b:.3f}"

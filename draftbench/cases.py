@@ -20,6 +20,7 @@ from .layout import Box, Layout, box_sizes, permutation
 from .methods.dense import Dense
 from .methods.draft import Draft
 
+MASKS = ("captured", "balanced", "trimmed")  # see `sparse_cases`
 NOISE = 0.05  # of a standard deviation, on tiled q and k: copies of a region must not tie in a draft map
 
 
@@ -67,7 +68,7 @@ SHAPES = {
 
 @dataclass
 class Case:
-    """q, k, v [1, S, H, D] of a shape, and the blocks to keep; mask is "dense", "captured" or "balanced"."""
+    """q, k, v [1, S, H, D] of a shape, and the blocks to keep; mask is "dense" or one of `MASKS`."""
 
     shape: Shape
     q: Tensor
@@ -112,21 +113,26 @@ def dense_case(shape: Shape, prompt: str, seed: int) -> Case:
 
 
 def sparse_cases(dense: Case, sparsity: float, masks: Sequence[str], seed: int) -> Iterator[Case]:
-    """The same tensors at a sparsity: draft's own blocks ("captured"), and random ones, the mean of draft's counts in
-    every row ("balanced")."""
+    """The same tensors at a sparsity: draft's own blocks ("captured"), and the mean of draft's counts in every row, at
+    random ("balanced") or the highest of draft's map, so that captured rows are cut or filled ("trimmed")."""
     case = replace(dense, sparsity=sparsity, mask="captured")
     call = case.call(no_executor)
     case.plan = case.draft.plan(case.q, case.k, case.v, call)
     if "captured" in masks:
         yield case
-    if "balanced" in masks:
-        boxes = len(box_sizes(case.shape.box, case.shape.grid, case.q.device))
-        text = case.plan.counts.shape[-1] - boxes  # blocks of text, which every row keeps
-        each = (case.plan.counts[..., :boxes] - text).double().mean().round().clamp(min=1).int()
-        generator = torch.Generator(case.q.device).manual_seed(seed)
-        draws = torch.rand(1, case.shape.heads, boxes, boxes, device=case.q.device, generator=generator)
-        mask = keep_per_row(draws, each.expand(draws.shape[:-1]))
-        yield replace(case, mask="balanced", plan=box_plan(mask, case.shape.box, call))
+    boxes = len(box_sizes(case.shape.box, case.shape.grid, case.q.device))
+    text = case.plan.counts.shape[-1] - boxes  # blocks of text, which every row keeps
+    each = (case.plan.counts[..., :boxes] - text).double().mean().round().clamp(min=1).int()
+    for name in ("balanced", "trimmed"):
+        if name not in masks:
+            continue
+        if name == "balanced":
+            generator = torch.Generator(case.q.device).manual_seed(seed)
+            scores = torch.rand(1, case.shape.heads, boxes, boxes, device=case.q.device, generator=generator)
+        else:
+            scores = case.draft.scores(case.q, case.k, call)
+        mask = keep_per_row(scores, each.expand(scores.shape[:-1]))
+        yield replace(case, mask=name, plan=box_plan(mask, case.shape.box, call))
 
 
 @contextmanager
@@ -191,10 +197,33 @@ def no_executor(q: Tensor, k: Tensor, v: Tensor, plan: Plan, layout: Layout) -> 
     raise AssertionError("nothing is to be executed here")
 
 
-def sampled_error(out: Tensor, case: Case, plan: Plan, seed: int = 0, more: int = 4) -> dict[str, float]:
+def difference(out: Tensor, other: Tensor) -> dict[str, float]:
+    """How far out [1, S, H, D] is from another one, relative, in every value; NaN anywhere comes out as NaN.
+
+    Returns all: ||out - other|| / ||other||; worst: the same of the worst row. Raises ValueError for unequal shapes.
+    """
+    if out.shape != other.shape:
+        raise ValueError(f"the output has the shape {tuple(out.shape)}, not {tuple(other.shape)}")
+    wrong, right = [], []
+    for head in range(out.shape[2]):  # one at a time, as a float32 copy of everything is large
+        a, b = out[0, :, head].float(), other[0, :, head].float()
+        wrong.append((a - b).norm(dim=-1))
+        right.append(b.norm(dim=-1))
+    return _relative(torch.cat(wrong), torch.cat(right))
+
+
+def _relative(error: Tensor, size: Tensor) -> dict[str, float]:
+    """From norms of rows."""
+    return {"all": float(error.norm() / size.norm()), "worst": float((error / size.clamp(min=1e-30)).max())}
+
+
+def sampled_error(
+    out: Tensor, case: Case, plan: Plan, seed: int = 0, more: int = 4, lse: Tensor | None = None
+) -> dict[str, float]:
     """How far out [1, S, H, D] is from float32 attention over the plan's kept keys, relative, on sampled query blocks.
 
-    Returns all: ||out - ref|| / ||ref|| over all sampled rows; worst: the same of the worst row; rows: their number.
+    Returns all: ||out - ref|| / ||ref|| over all sampled rows; worst: the same of the worst row; rows: their number;
+    lse: if `lse` [1, H, S] is given, its largest absolute error, in nats.
     The blocks are those with the most and the fewest kept blocks, the smallest, the last of the video, the text's last
     in the first and last head, and `more` drawn at random. Every value of `out` must be finite. Only the sampled
     blocks' keys are gathered, so nothing quadratic is held. Raises ValueError for a value that is not finite, a shape
@@ -207,7 +236,7 @@ def sampled_error(out: Tensor, case: Case, plan: Plan, seed: int = 0, more: int 
     layout, heads = case.shape.layout, case.shape.heads
     q_tokens, kv_tokens = (_tokens(order, layout, case.q) for order in (plan.q_order, plan.kv_order))
     q_starts, kv_starts = (x[0].expand(heads, -1).long() for x in (plan.q_offsets, plan.kv_offsets))
-    wrong, right = [], []
+    wrong, right, off = [], [], []
     for head, row in _sampled_blocks(plan, layout, heads, seed, more):
         kept = plan.blocks[0, head, row, : int(plan.counts[0, head, row])].long()
         if len(kept.unique()) < len(kept):
@@ -219,12 +248,11 @@ def sampled_error(out: Tensor, case: Case, plan: Plan, seed: int = 0, more: int 
         reference = scores.softmax(-1) @ case.v[0, keys, head].float()
         wrong.append((out[0, queries, head].float() - reference).norm(dim=-1))
         right.append(reference.norm(dim=-1))
-    error, size = torch.cat(wrong), torch.cat(right)
-    return {
-        "all": float(error.norm() / size.norm()),
-        "worst": float((error / size.clamp(min=1e-30)).max()),
-        "rows": len(error),
-    }
+        if lse is not None:
+            expected, found = scores.logsumexp(-1), lse[0, head, queries].float()
+            off.append(torch.where(expected == found, 0, (expected - found).abs()))  # both are -inf in an empty row
+    error = _relative(torch.cat(wrong), torch.cat(right)) | {"rows": sum(map(len, wrong))}
+    return error | ({"lse": float(torch.cat(off).max())} if off else {})
 
 
 def _tokens(order: Any, layout: Layout, like: Tensor) -> Tensor:

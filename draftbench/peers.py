@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import kernels
 from .attention import Executor, Plan
-from .cases import Case, no_executor
+from .cases import MASKS, Case, no_executor
 from .kernels.select import box_plan, plan_from_mask
 from .layout import Box, Identity, Layout, box_sizes, permutation
 from .methods.sta import window_density, window_mask
@@ -35,11 +35,14 @@ class Absent(RuntimeError):
 @dataclass
 class Ready:
     """What is timed, the plan that it carries out (known once it has run), and the way from what it returns to the
-    output [1, S, H, D], off the clock."""
+    output [1, S, H, D] and, where it has one, the LSE [1, H, S], off the clock; select: the selection of its blocks
+    alone, timed too, of a contestant that can tell it from the rest."""
 
     run: Callable[[], Any]
     plan: Callable[[], Plan]
     output: Callable[[Any], Tensor] = lambda result: result
+    lse: Callable[[Any], Tensor] | None = None
+    select: Callable[[], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,7 @@ class Contestant:
 
     def takes(self, case: Case) -> bool:
         """Whether a case of this mask is for it."""
-        masks = {"dense": ["dense"], "whole": ["captured"], "window": ["captured"], "kernel": ["captured", "balanced"]}
-        return case.mask in masks[self.kind]
+        return case.mask in {"dense": ["dense"], "kernel": MASKS}.get(self.kind, ["captured"])
 
 
 def contestants() -> dict[str, Contestant]:
@@ -109,19 +111,25 @@ def _draft(executor: str, case: Case) -> Ready:
         seen[0] = plan
         return execute(q, k, v, plan, layout)
 
-    return Ready(lambda: method.attend(case.q, case.k, case.v, case.call(spy)), lambda: seen[0])
+    def select() -> Plan:
+        return method.plan(case.q, case.k, case.v, case.call(no_executor))
+
+    return Ready(lambda: method.attend(case.q, case.k, case.v, case.call(spy)), lambda: seen[0], select=select)
 
 
 def _kernel(executor: str, case: Case) -> Ready:
     execute = _executor(executor, case)
     run = functools.partial(execute, case.q, case.k, case.v, case.plan, case.shape.layout)
-    return Ready(run, lambda: case.plan, lambda result: result[0])
+    return Ready(run, lambda: case.plan, lambda result: result[0], lambda result: result[1])
 
 
 def _paper(case: Case) -> Ready:
-    """Draft as the paper's code runs it, on the default executor: one gather a tensor into region
-    order, mean pooling by a reshape, `kthvalue` head by head, lists by a sort, and a gather back. Its index lists,
-    which that code builds anew at every call, are kept."""
+    """Draft as the paper's code runs it, on the default executor: one gather a tensor into region order, mean pooling
+    (here by a reshape) and the map in the model's dtype, `topk` head by head, lists by a sort, and a gather back.
+
+    The threshold is the highest dropped score, and what ties with it is kept, as there. Its index lists, which that
+    code builds anew at every call, are kept.
+    """
     grid, box = case.shape.grid, case.shape.box
     if grid[1] % box.h or grid[2] % box.w:
         raise Absent(f"the paper's code takes whole regions of {box.h}x{box.w} only, got the grid {grid}")
@@ -131,8 +139,7 @@ def _paper(case: Case) -> Ready:
     sizes = box_sizes(box, grid, case.q.device)
 
     def pool(x: Tensor) -> Tensor:
-        regions = x[0, :video].float().unflatten(0, (len(sizes), -1)).mean(1)
-        return regions.transpose(0, 1)
+        return x[0, :video].unflatten(0, (len(sizes), -1)).mean(1).transpose(0, 1)
 
     def run() -> Tensor:
         call = case.call(execute)
@@ -144,10 +151,11 @@ def _paper(case: Case) -> Ready:
             scores = (low_q @ low_k.transpose(1, 2) / case.shape.dim**0.5).softmax(-1)
         with part("select"):
             drop = int(case.sparsity * scores[0].numel())
-            kept = [head >= (head.flatten().kthvalue(drop + 1).values if drop else 0) for head in scores]
+            cuts = [head.flatten().topk(drop, largest=False).values.max() if drop else 0 for head in scores]
+            kept = [head >= cut for head, cut in zip(scores, cuts, strict=True)]
             mask = torch.stack(kept)[None]
         with part("estimate"):
-            seen[0] = plan_from_mask(mask, Identity(), sizes, box.h * box.w, call)
+            seen[0] = plan_from_mask(mask, Identity(), sizes, box.h * box.w, call, regular=True)
         out = call.execute(seen[0], q, k, v)
         with part("restore"):
             return out.index_select(1, back)
@@ -187,7 +195,7 @@ def _fa4_sparse(case: Case) -> Ready:
     attend = need("flash_attn.cute.interface", "flash-attn-4")._flash_attn_fwd
     sparsity = need("flash_attn.cute.block_sparsity", "flash-attn-4")
     q, k, v = _whole_blocks(case, 128)
-    counts, blocks = case.plan.counts, case.plan.blocks
+    counts, blocks = _lists(case.plan)
     lists = sparsity.BlockSparseTensorsTorch(
         mask_block_cnt=torch.zeros_like(counts), mask_block_idx=torch.zeros_like(blocks[..., :1]),
         full_block_cnt=counts, full_block_idx=blocks, block_size=(128, 128),
@@ -199,7 +207,7 @@ def _fa4_sparse(case: Case) -> Ready:
 def _flex(case: Case) -> Ready:
     flex = need("torch.nn.attention.flex_attention", "torch")
     q, k, v = (x.transpose(1, 2).contiguous() for x in _whole_blocks(case, 128))
-    counts, blocks = case.plan.counts, case.plan.blocks
+    counts, blocks = _lists(case.plan)
     none = torch.zeros_like(counts), torch.zeros_like(blocks)
     mask = flex.BlockMask.from_kv_blocks(*none, counts, blocks, BLOCK_SIZE=128)
     run = functools.partial(_compiled_flex(), q, k, v, block_mask=mask)
@@ -217,9 +225,10 @@ def _fastvideo(case: Case) -> Ready:
     attend = need("fastvideo_kernel", "fastvideo-kernel").block_sparse_attn_from_indices
     q, k, v = (x.transpose(1, 2).contiguous() for x in _whole_blocks(case, 128))
     # Each of our blocks is two of 64 tokens, side by side: kept block b of row i becomes 2b and 2b + 1 of two rows.
-    blocks = torch.stack([2 * case.plan.blocks, 2 * case.plan.blocks + 1], -1).flatten(-2)
+    counts, blocks = _lists(case.plan)
+    blocks = torch.stack([2 * blocks, 2 * blocks + 1], -1).flatten(-2)
     blocks = blocks.repeat_interleave(2, 2).contiguous()
-    counts = (2 * case.plan.counts).repeat_interleave(2, 2).contiguous()
+    counts = (2 * counts).repeat_interleave(2, 2).contiguous()
     sizes = torch.full((q.shape[2] // 64,), 64, dtype=torch.int32, device=q.device)
     run = functools.partial(attend, q, k, v, blocks, counts, sizes)
     return Ready(run, lambda: case.plan, lambda result: _restored(result[0].transpose(1, 2), case))
@@ -228,8 +237,11 @@ def _fastvideo(case: Case) -> Ready:
 def _mit(case: Case) -> Ready:
     attend = need("block_sparse_attn", "block_sparse_attn (mit-han-lab/Block-Sparse-Attention)").block_sparse_attn_func
     q, k, v = (x[0].contiguous() for x in _whole_blocks(case, 128))
-    live = torch.arange(case.plan.blocks.shape[-1], device=q.device) < case.plan.counts[..., None]
-    mask = torch.zeros_like(live).scatter_(-1, case.plan.blocks.long(), live)
+    live, width = _live(case.plan), case.plan.kv_offsets.shape[-1] - 1
+    mask = torch.zeros(*live.shape[:-1], width + 1, dtype=torch.bool, device=q.device)
+    # What lies behind the counts goes to one column more, which is dropped.
+    mask.scatter_(-1, torch.where(live, case.plan.blocks, width).long(), True)
+    mask = mask[..., :-1].contiguous()
     ends = torch.tensor([0, len(q)], dtype=torch.int32, device=q.device)
     heads = torch.ones(case.shape.heads, dtype=torch.int32, device=q.device)
     run = functools.partial(attend, q, k, v, ends, ends, heads, None, mask, len(q), len(q), 0.0)
@@ -253,6 +265,17 @@ def _fastvideo_sta(case: Case) -> Ready:
     q, k, v = (x.index_select(1, order[0, 0]).transpose(1, 2).contiguous() for x in (case.q, case.k, case.v))
     run = functools.partial(attend, q, k, v, [list(window)] * case.shape.heads, text, True, "30x48x80")
     return Ready(run, lambda: plan, lambda out: _back(out.transpose(1, 2), order[0, 0]))
+
+
+def _live(plan: Plan) -> Tensor:
+    """Which entries of a plan's lists count, bool, shaped as `plan.blocks`."""
+    return torch.arange(plan.blocks.shape[-1], device=plan.blocks.device) < plan.counts[..., None]
+
+
+def _lists(plan: Plan) -> tuple[Tensor, Tensor]:
+    """A plan's counts and blocks, with zeros behind the counts: what lies there may be any number, and a kernel of
+    others might read it."""
+    return plan.counts, torch.where(_live(plan), plan.blocks, 0)
 
 
 def _order(plan: Plan, case: Case) -> Tensor:

@@ -37,6 +37,8 @@ ATTENTION = (
     *("tflops", "dense", "speedup", "ideal_share", "parts_ms", "error", "tolerance", "peak_memory_gib"),
     *("device", "versions", "commit", "dirty", "status", "timestamp"),
 )
+# plan_ms: of the selection alone; parts_failed: why parts_ms is null; requested: what the run was asked for.
+ATTENTION_OPTIONAL = ("plan_ms", "parts_failed", "requested")
 
 
 def new(**values: Any) -> dict[str, Any]:
@@ -46,7 +48,7 @@ def new(**values: Any) -> dict[str, Any]:
     nor "failed: <reason>" (nor "absent: <reason>" of a contestant that cannot run).
     """
     attention = values.get("kind") == "attention"
-    fields, optional = (ATTENTION, ()) if attention else (FIELDS, OPTIONAL)
+    fields, optional = (ATTENTION, ATTENTION_OPTIONAL) if attention else (FIELDS, OPTIONAL)
     if unknown := sorted(set(values) - {*fields, *optional}):
         raise ValueError(f"unknown record fields {unknown}; known: {', '.join((*fields, *optional))}")
     now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -60,7 +62,8 @@ def new(**values: Any) -> dict[str, Any]:
     status = record["status"]
     reasons = ("failed: ", "absent: ") if attention else ("failed: ",)
     if status not in (None, "ok") and not str(status).startswith(reasons):
-        raise ValueError(f"record field status must be 'ok' or '{reasons[0]}<reason>', got {status!r}")
+        allowed = " or ".join(f"'{name}<reason>'" for name in reasons)
+        raise ValueError(f"record field status must be 'ok' or {allowed}, got {status!r}")
     return record
 
 

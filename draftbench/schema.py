@@ -110,7 +110,7 @@ class Bench:
 
     shapes: Annotated[list[str], "a non-empty list of distinct shapes", str.strip]
     sparsities: Annotated[list[float], "a non-empty list of distinct numbers in [0, 1)", lambda x: 0 <= x < 1]
-    masks: list[Literal["captured", "balanced"]]
+    masks: list[Literal["captured", "balanced", "trimmed"]]
     contestants: Annotated[list[str], "a non-empty list of distinct contestants", str.strip]
     budget_s: Annotated[float, "a number above 0", lambda x: x > 0]
     prompt: Text
