@@ -115,15 +115,15 @@ def _shape(rows: list[Row]) -> list[str]:
         f"{settings['dim']}, {settings['dtype'].removeprefix('torch.')}, on {rows[0]['device']}.",
         *_asked(rows),
         "",
-        "| sparsity | mask | contestant | achieved | ms | TFLOP/s | speed-up | ideal | error | GiB |",
-        "|" + "---|" * 10,
+        "| sparsity | mask | contestant | achieved | ms | dense ms | TFLOP/s | speed-up | ideal | error | GiB |",
+        "|" + "---|" * 11,
     ]
     for row in filter(_ok, rows):
         error = row["error"]
         out.append(
             f"| {row['sparsity']:g} | {row['mask']} | {row['contestant']} | {row['sparsity_achieved']:.3f} "
-            f"| {_spread(row)} ({row['ms']['n']}) | {_value(row, 'tflops', '.3g')} "
-            f"| {_value(row, 'speedup', '.2f')} | {_value(row, 'ideal_share', '.3f')} "
+            f"| {_spread(row)} ({row['ms']['n']}) | {_value(row['dense'], 'ms', '.4g')} "
+            f"| {_value(row, 'tflops', '.3g')} | {_value(row, 'speedup', '.2f')} | {_value(row, 'ideal_share', '.3f')} "
             f"| {error['all']:.1e} ({error['worst']:.1e}) | {_value(row, 'peak_memory_gib', '.2f')} |"
         )
     whole = [row for row in rows if _ok(row) and row["parts_ms"]]

@@ -194,7 +194,9 @@ def contrasts(cells: dict[tuple[float, str], list[dict[str, Any]]], base: str) -
                 twin = other.get((row["prompt"], row["seed"]))
                 if twin and row["status"] == "ok" and None not in (row[metric], twin[metric]):
                     pairs[row["prompt"]].append(row[metric] - twin[metric])
-            columns.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(*interval(pairs)) if pairs else "-")
+            mean, low, high = interval(pairs) if pairs else (0.0, 0.0, 0.0)
+            spread = f" [{low:+.3f}, {high:+.3f}]" if sum(map(len, pairs.values())) > 1 else ""  # one clip has none
+            columns.append(f"{mean:+.3f}{spread}" if pairs else "-")
         if any(column != "-" for column in columns):
             out.append(f"| {sparsity:g} | {method} | " + " | ".join(columns) + " |")
     return out
@@ -282,4 +284,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except OSError as error:
+        sys.exit(f"draftbench: {error.filename or 'a table'} could not be written: {error.strerror or error}")

@@ -84,7 +84,10 @@ class Pocket:
     def check(self, prompts: list[str]) -> None:
         """Raise ValueError for a prompt with an unknown word, and list the vocabulary."""
         for prompt in prompts:
-            tokens(prompt)
+            try:
+                tokens(prompt)
+            except ValueError as error:
+                raise ValueError(f"prompts: {prompt!r}: {error}") from error
 
     def settings(self) -> dict[str, Any]:
         """Everything but weights, prompts, seeds and steps that shapes the frames."""
