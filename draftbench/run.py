@@ -93,6 +93,7 @@ class Job:
         self.warm: set[type] = set()
         self.sparse_steps: set[int] = set()  # of a whole generation under the method
         self.timed: dict[str, Any] = {}
+        self.told = False  # that the method never ran
         self.baseline: dict[str, Any] | None = None  # the dense timing of this process, as a record
         self.request = Request((config.prompts[0],), (int(config.seeds[0]),), self.model.steps)
 
@@ -191,6 +192,10 @@ class Job:
             session = Session(method, self.executor, dense_kernel.run, self.parts, watch, counting)
             video = self.model.generate(request, session)
         if method is self.method:
+            if method.sparse and not session.sparse_steps and not self.told:
+                kept = ", ".join(f"dense.{name}={value}" for name, value in asdict(self.parts).items())
+                print(f"draftbench: {kept} keep every call dense, so {self.name} never ran", file=sys.stderr)
+                self.told = True
             self.sparse_steps = session.sparse_steps
         meter = session.meter
         counts = (meter.sparsity(), meter.density(), meter.fallback_rows())

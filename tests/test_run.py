@@ -103,6 +103,15 @@ def test_dropping_attention_and_another_seed_show(job):
     assert other["seed"] == 0
 
 
+def test_a_method_that_never_runs_is_told(job, capsys):
+    rows = job("method=draft", "dense.layers=99", "seeds=[0,1]", "batch=1")
+    assert [row["sparsity_achieved"] for row in rows] == [0.0, 0.0]
+    said = (
+        "draftbench: dense.steps=0.25, dense.timestep=None, dense.layers=99 keep every call dense, so draft never ran"
+    )
+    assert capsys.readouterr().err.count(said) == 1
+
+
 def test_fewer_steps_records_its_steps_and_is_found_again(job, monkeypatch, capsys):
     def time(self, method, request):
         seconds = 3.0 if method.sparse else 6.0
