@@ -5,10 +5,9 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
-import draftbench.kernels
 import pytest
 import torch
-from draftbench.kernels import dense, fa4, resolve, run
+from draftbench.kernels import dense, devices, fa4, resolve, run
 from draftbench.kernels.operators import NAMES, flatten, unflatten
 from draftbench.kernels.select import box_plan, full_plan, plan_from_mask
 from draftbench.methods.draft import Draft
@@ -262,6 +261,6 @@ def test_tensors_that_do_not_go_together_are_refused():
 
 
 def test_auto_needs_triton_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(draftbench.kernels, "triton_version", lambda: None)
+    monkeypatch.setattr(devices, "triton_version", lambda: None)
     with pytest.raises(RuntimeError, match=r"executor=auto cannot run here: .* pip install 'draftbench\[triton\]'"):
         resolve("auto", torch.device("cuda"))
