@@ -45,6 +45,11 @@ class Plan:
     fallbacks: Tensor | None = None
     regular: bool = False
 
+    @property
+    def live(self) -> Tensor:
+        """Which entries of `blocks` count, bool of their shape."""
+        return torch.arange(self.blocks.shape[-1], device=self.blocks.device) < self.counts[..., None]
+
 
 class Executor(Protocol):
     """Runs a plan: (q, k, v [B, S, H, D], plan, layout) -> (output [B, S, H, D], LSE [B, H, S], natural log)."""
@@ -114,7 +119,7 @@ class Meter:
 
 def count_pairs(plan: Plan, layout: Layout) -> tuple[Tensor, Tensor]:
     """(All, video-by-video) real pairs of each item that the plan's lists execute, float64 [B]; no synchronisation."""
-    heads, capacity = plan.counts.shape[1], plan.blocks.shape[-1]
+    heads = plan.counts.shape[1]
 
     def sizes(starts: Tensor) -> tuple[Tensor, Tensor]:
         size = starts.diff(dim=-1).expand(-1, heads, -1).double()
@@ -122,7 +127,7 @@ def count_pairs(plan: Plan, layout: Layout) -> tuple[Tensor, Tensor]:
 
     q_size, q_video = sizes(plan.q_offsets)
     kv_size, kv_video = sizes(plan.kv_offsets)
-    live = torch.arange(capacity, device=plan.counts.device) < plan.counts[..., None]
+    live = plan.live
     where = torch.where(live, plan.blocks, 0).long().flatten(2)
 
     def keys(size: Tensor) -> Tensor:

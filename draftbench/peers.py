@@ -11,7 +11,7 @@ import functools
 import importlib
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from . import kernels
 from .attention import Executor, Plan
 from .cases import MASKS, Case, no_executor
+from .kernels.flex import compiled as _compiled_flex
 from .kernels.select import box_plan, plan_from_mask
 from .layout import Box, Identity, Layout, box_sizes, permutation
 from .methods.sta import window_density, window_mask
@@ -162,7 +163,7 @@ def _paper(case: Case) -> Ready:
 
     def plan() -> Plan:
         """As it was executed, but told in the order of the case's tokens."""
-        return Plan(**(vars(seen[0]) | {"q_order": case.plan.q_order, "kv_order": case.plan.kv_order}))
+        return replace(seen[0], q_order=case.plan.q_order, kv_order=case.plan.kv_order)
 
     return Ready(run, plan)
 
@@ -214,13 +215,6 @@ def _flex(case: Case) -> Ready:
     return Ready(run, lambda: case.plan, lambda out: _restored(out.transpose(1, 2), case))
 
 
-@functools.cache
-def _compiled_flex() -> Callable[..., Any]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
-
-
 def _fastvideo(case: Case) -> Ready:
     attend = need("fastvideo_kernel", "fastvideo-kernel").block_sparse_attn_from_indices
     q, k, v = (x.transpose(1, 2).contiguous() for x in _whole_blocks(case, 128))
@@ -237,7 +231,7 @@ def _fastvideo(case: Case) -> Ready:
 def _mit(case: Case) -> Ready:
     attend = need("block_sparse_attn", "block_sparse_attn (mit-han-lab/Block-Sparse-Attention)").block_sparse_attn_func
     q, k, v = (x[0].contiguous() for x in _whole_blocks(case, 128))
-    live, width = _live(case.plan), case.plan.kv_offsets.shape[-1] - 1
+    live, width = case.plan.live, case.plan.kv_offsets.shape[-1] - 1
     mask = torch.zeros(*live.shape[:-1], width + 1, dtype=torch.bool, device=q.device)
     # What lies behind the counts goes to one column more, which is dropped.
     mask.scatter_(-1, torch.where(live, case.plan.blocks, width).long(), True)
@@ -267,15 +261,10 @@ def _fastvideo_sta(case: Case) -> Ready:
     return Ready(run, lambda: plan, lambda out: _back(out.transpose(1, 2), order[0, 0]))
 
 
-def _live(plan: Plan) -> Tensor:
-    """Which entries of a plan's lists count, bool, shaped as `plan.blocks`."""
-    return torch.arange(plan.blocks.shape[-1], device=plan.blocks.device) < plan.counts[..., None]
-
-
 def _lists(plan: Plan) -> tuple[Tensor, Tensor]:
     """A plan's counts and blocks, with zeros behind the counts: what lies there may be any number, and a kernel of
     others might read it."""
-    return plan.counts, torch.where(_live(plan), plan.blocks, 0)
+    return plan.counts, torch.where(plan.live, plan.blocks, 0)
 
 
 def _order(plan: Plan, case: Case) -> Tensor:

@@ -12,7 +12,7 @@ import os
 
 import torch
 from draftbench.kernels import fa4, gluon, operators
-from draftbench.kernels.devices import triton_version
+from draftbench.kernels.devices import needs_triton
 from draftbench.kernels.operators import NAMES
 from torch import Tensor
 
@@ -48,8 +48,8 @@ def _unavailable(name: str, device: torch.device) -> str | None:
     if name == "cpu" and device.type != "cpu":
         return f"it needs a CPU, got device={device.type}"
     if name == "triton":
-        if triton_version() is None:
-            return "it needs Triton: pip install 'draftbench[triton]'"
+        if reason := needs_triton():
+            return reason
         if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             return f"it needs a CUDA device, got device={device.type}"
     return None

@@ -71,7 +71,7 @@ def _ordered(x: Tensor, order: Tensor | None) -> Tensor:
 
 def _kept_keys(plan: Plan, sizes: Tensor) -> Tensor:
     """Number of keys that each query block keeps, [B, H, q_blocks]; sizes of the key blocks [B, H, kv_blocks]."""
-    live = torch.arange(plan.blocks.shape[-1]) < plan.counts[..., None]
+    live = plan.live
     found = sizes.gather(2, torch.where(live, plan.blocks, 0).long().flatten(2)).view(live.shape)
     return (found * live).sum(-1)
 

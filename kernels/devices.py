@@ -28,3 +28,32 @@ def triton_version() -> tuple[int, ...] | None:
         return tuple(map(int, version("triton").split(".")[:2]))
     except PackageNotFoundError:
         return (0, 0)
+
+
+def needs_triton(least: tuple[int, int] = (0, 0)) -> str | None:
+    """What is missing where Triton is not installed, or is older than `least`; None where it will do."""
+    found = triton_version()
+    if found is None:
+        return "it needs Triton: pip install 'draftbench[triton]'"
+    if found < least:
+        return f"it needs Triton {'.'.join(map(str, least))} or newer, got {'.'.join(map(str, found))}"
+    return None
+
+
+def not_hopper(device: torch.device) -> str | None:
+    """Why a kernel for Hopper GPUs cannot run on a device, or None."""
+    if device.type != "cuda":
+        return f"it needs a CUDA device, got device={device.type}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major != 9:
+        return f"it needs a Hopper GPU (compute capability 9.x), got {major}.{minor}"
+    return None
+
+
+def not_for_tensor_cores(q: Tensor, head_dims: tuple[int, ...]) -> str | None:
+    """Why a kernel for half precision and these head dims does not take q [B, S, H, D], or None."""
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"dtype must be bfloat16 or float16, got {q.dtype}"
+    if q.shape[-1] not in head_dims:
+        return f"head_dim must be one of {', '.join(map(str, head_dims))}, got {q.shape[-1]}"
+    return None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from draftbench.kernels.devices import not_for_tensor_cores, not_hopper
 from draftbench.kernels.padded import Ordered, pieces, real_keys, split
 from torch import Tensor
 
@@ -36,22 +37,15 @@ def installed() -> bool:
 
 def unavailable(device: torch.device) -> str | None:
     """Why this executor cannot run on a device at all, or None."""
-    if device.type != "cuda":
-        return f"it needs a CUDA device, got device={device.type}"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major != 9:  # on Blackwell the kernel joins two query tiles, so blocks of 128 do not fit
-        return f"it needs a Hopper GPU (compute capability 9.x), got {major}.{minor}"
+    if reason := not_hopper(device):  # on Blackwell the kernel joins two query tiles, so blocks of 128 do not fit
+        return reason
     return None if installed() else "it needs flash-attn-4: pip install 'draftbench[hopper]'"
 
 
 def refuse(q: Tensor, plan: Plan) -> str | None:
     """Why this executor cannot take the request, or None."""
-    if reason := unavailable(q.device):
+    if reason := unavailable(q.device) or not_for_tensor_cores(q, HEAD_DIMS):
         return reason
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        return f"dtype must be bfloat16 or float16, got {q.dtype}"
-    if q.shape[-1] not in HEAD_DIMS:
-        return f"head_dim must be one of {', '.join(map(str, HEAD_DIMS))}, got {q.shape[-1]}"
     if plan.q_block % TILE or plan.kv_block % TILE:
         return f"block sizes must be multiples of {TILE} tokens, got {plan.q_block} and {plan.kv_block}"
     return None

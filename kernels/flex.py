@@ -94,11 +94,12 @@ def _keep_real(held: Tensor, block: int) -> Callable[[Tensor, Tensor, Tensor, Te
 def _attend(*args: Any, **kwargs: Any) -> Any:
     """Compiled flex_attention; uncompiled it would hold S x S scores, which is what torch does past the limit."""
     with torch._dynamo.config.patch(recompile_limit=1024, fail_on_recompile_limit_hit=True):
-        return _compiled()(*args, **kwargs)
+        return compiled()(*args, **kwargs)
 
 
 @functools.cache
-def _compiled() -> Callable[..., Any]:
+def compiled() -> Callable[..., Any]:
+    """torch's flex_attention, compiled."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=False)

@@ -17,7 +17,7 @@ import math
 from typing import Any
 
 import torch
-from draftbench.kernels.devices import triton_version
+from draftbench.kernels.devices import needs_triton, not_for_tensor_cores, not_hopper
 from draftbench.kernels.padded import even
 from torch import Tensor
 
@@ -32,27 +32,13 @@ STAGES = 3  # pairs of key and value tiles in flight: 64 KB each at head_dim 128
 
 def unavailable(device: torch.device) -> str | None:
     """Why this executor cannot run on a device at all, or None."""
-    if device.type != "cuda":
-        return f"it needs a CUDA device, got device={device.type}"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major != 9:
-        return f"it needs a Hopper GPU (compute capability 9.x), got {major}.{minor}"
-    found = triton_version()
-    if found is None:
-        return "it needs Triton: pip install 'draftbench[triton]'"
-    if found < (3, 6):
-        return f"it needs Triton 3.6 or newer, got {'.'.join(map(str, found))}"
-    return None
+    return not_hopper(device) or needs_triton((3, 6))
 
 
 def refuse(q: Tensor, plan: Plan) -> str | None:
     """Why this executor cannot take the request, or None."""
-    if reason := unavailable(q.device):
+    if reason := unavailable(q.device) or not_for_tensor_cores(q, HEAD_DIMS):
         return reason
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        return f"dtype must be bfloat16 or float16, got {q.dtype}"
-    if q.shape[-1] not in HEAD_DIMS:
-        return f"head_dim must be one of {', '.join(map(str, HEAD_DIMS))}, got {q.shape[-1]}"
     if plan.q_order != plan.kv_order or not isinstance(plan.q_order, Box | Identity):
         return "queries and keys must lie in the same boxes, or both as they come"
     if plan.q_block != BLOCK or plan.kv_block != BLOCK:

@@ -83,6 +83,19 @@ def _corner(block, grid, BOX: gl.constexpr):
 
 
 @gluon.jit
+def _part_corner(block, grid, BOX: gl.constexpr, PART: gl.constexpr, HALF: gl.constexpr):
+    """The first token of a box, or of its half PART where HALF is the half's box."""
+    t, y, x = _corner(block, grid, BOX)
+    if BOX[0] != HALF[0]:
+        t += PART * HALF[0]
+    if BOX[1] != HALF[1]:
+        y += PART * HALF[1]
+    if BOX[2] != HALF[2]:
+        x += PART * HALF[2]
+    return t, y, x
+
+
+@gluon.jit
 def _real(block, place, starts, grid, boxes, BOX: gl.constexpr, CUT: gl.constexpr):
     """Which places of a block hold a token, by one comparison where it will do; CUT: axes whose last box is smaller."""
     T, Y, X = grid
@@ -119,13 +132,7 @@ def _copy_in(
 ):  # fmt: skip
     """Start copying a block, or half PART of it where HALF is its box, into a tile."""
     ROWS: gl.constexpr = HALF[0] * HALF[1] * HALF[2]
-    t, y, x = _corner(block, grid, BOX)
-    if BOX[0] != HALF[0]:
-        t += PART * HALF[0]
-    if BOX[1] != HALF[1]:
-        y += PART * HALF[1]
-    if BOX[2] != HALF[2]:
-        x += PART * HALF[2]
+    t, y, x = _part_corner(block, grid, BOX, PART, HALF)
     for i in gl.static_range(D // 64):
         piece = tile.slice(i * 64, 64, dim=1)
         if block < boxes:
@@ -353,12 +360,7 @@ def _rows(
         t, y, x = _corner(block, grid, BOX)
         token = ((t + place // (BOX[1] * BOX[2])) * Y + y + place // BOX[2] % BOX[1]) * X + x + place % BOX[2]
         token = gl.where(block < boxes, token, T * Y * X + (block - boxes) * N + place)
-        if BOX[0] != HALF[0]:
-            t += PART * HALF[0]
-        if BOX[1] != HALF[1]:
-            y += PART * HALF[1]
-        if BOX[2] != HALF[2]:
-            x += PART * HALF[2]
+        t, y, x = _part_corner(block, grid, BOX, PART, HALF)
         for i in gl.static_range(D // 64):
             piece = q.slice(i * 64, 64, dim=1)
             if block < boxes:

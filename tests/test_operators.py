@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-import draftbench.kernels
 import pytest
 import torch
-from draftbench.kernels import dense, fa4, resolve, run
+from draftbench.kernels import dense, devices, fa4, resolve, run
 from draftbench.kernels.operators import NAMES, flatten, unflatten
 from draftbench.kernels.select import box_plan, full_plan, plan_from_mask
 from draftbench.methods.draft import Draft
@@ -263,7 +262,7 @@ def test_tensors_that_do_not_go_together_are_refused():
 
 
 def test_auto_needs_triton_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(draftbench.kernels, "triton_version", lambda: None)
+    monkeypatch.setattr(devices, "triton_version", lambda: None)
     with pytest.raises(RuntimeError, match=r"executor=auto cannot run here: .* pip install 'draftbench\[triton\]'"):
         resolve("auto", torch.device("cuda"))
 
