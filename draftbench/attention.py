@@ -217,6 +217,10 @@ class Method:
         """The sparsity that its records stand at: what was asked for, and 0 for a control that no sparsity changes."""
         return self.sparsity
 
+    def on(self, grid: tuple[int, int, int]) -> Method:
+        """The method with what it leaves to a model's token grid (T, H, W) decided, as records state it."""
+        return self
+
     def request(self, request: Request) -> Request:
         """What to generate in place of `request`; only controls of the dense run change it (seeds, steps)."""
         return request

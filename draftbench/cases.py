@@ -26,8 +26,9 @@ NOISE = 0.05  # of a standard deviation, on tiled q and k: copies of a region mu
 
 @dataclass(frozen=True)
 class Shape:
-    """One attention call: grid in tokens, heads, head dim, text tokens, draft's region, and the overrides of the
-    pocket model whose q and k are tiled up to it. Bfloat16 on a GPU; float32 on a CPU, with `threads` threads."""
+    """One attention call: grid in tokens, heads, head dim, text tokens, draft's region, whether regions run on from
+    frame to frame (`Box.stacked`), and the overrides of the pocket model whose q and k are tiled up to it. Bfloat16 on
+    a GPU; float32 on a CPU, with `threads` threads."""
 
     grid: tuple[int, int, int]
     heads: int
@@ -35,6 +36,7 @@ class Shape:
     text: int = 0
     device: str = "cuda"
     region: tuple[int, int] = (8, 16)
+    stacked: bool = False
     capture: tuple[str, ...] = ("model=pocket_large",)
     threads: int | None = None
 
@@ -51,15 +53,15 @@ class Shape:
     @property
     def box(self) -> Box:
         """Draft's region."""
-        return Box(1, *self.region)
+        return Box(1, *self.region, stacked=self.stacked)
 
 
 TINY = ("model=pocket", "model.frames=4", "model.height=32", "model.width=48", "model.steps=2")
 SHAPES = {
     "hunyuan_768p": Shape((33, 48, 80), 24, 128, 256),
-    "hunyuan_720p": Shape((33, 45, 80), 24, 128, 256),  # ragged: regions of 8x16 do not divide 45 rows
+    "hunyuan_720p": Shape((33, 45, 80), 24, 128, 256, stacked=True),  # ragged: regions of 8x16 do not divide 45 rows
     "wan_768p": Shape((21, 48, 80), 40, 128),
-    "wan_480p": Shape((21, 30, 52), 40, 128),  # ragged
+    "wan_480p": Shape((21, 30, 52), 40, 128, region=(16, 8), stacked=True),  # ragged
     "sta_768p": Shape((30, 48, 80), 24, 128, 256),  # a canvas that FastVideo's sliding tile kernel takes
     "cpu": Shape((8, 16, 32), 4, 64, device="cpu", capture=("model=pocket",), threads=2),
     "tiny": Shape((3, 6, 10), 2, 64, 5, device="cpu", region=(4, 4), capture=TINY, threads=1),  # ragged; for the tests
@@ -85,7 +87,7 @@ class Case:
     @property
     def draft(self) -> Draft:
         """Draft at this sparsity and region."""
-        return Draft(sparsity=self.sparsity, region=self.shape.region)
+        return Draft(sparsity=self.sparsity, region=self.shape.region, stacked=self.shape.stacked)
 
     def pairs(self, plan: Plan) -> dict[str, float]:
         """Real (query, key) pairs that a plan's lists keep, of all, and the same of video by video alone."""

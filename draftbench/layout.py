@@ -51,19 +51,28 @@ class Identity:
 
 @dataclass(frozen=True)
 class Box:
-    """Boxes of t x h x w tokens in grid order, each box contiguous; boxes at the grid's edge may be smaller."""
+    """Boxes of t x h x w tokens in grid order, each box contiguous; boxes at the grid's edge may be smaller.
+
+    stacked: the frames stand on one another as a single tall one, so that a box may end in the next frame's top and
+    only the last frame's are cut; for a height that does not divide.
+    """
 
     t: int
     h: int
     w: int
+    stacked: bool = False
 
     def __post_init__(self) -> None:
         if min(self.t, self.h, self.w) < 1:
             raise ValueError(f"box sizes must be positive, got {self.t}x{self.h}x{self.w}")
 
+    def over(self, grid: tuple[int, int, int]) -> tuple[int, int, int]:
+        """The grid that the boxes cut."""
+        return (1, grid[0] * grid[1], grid[2]) if self.stacked else grid
+
     def counts(self, grid: tuple[int, int, int]) -> tuple[int, int, int]:
-        """Number of boxes along each axis of `grid`."""
-        return tuple(-(-n // b) for n, b in zip(grid, (self.t, self.h, self.w), strict=True))  # type: ignore[return-value]
+        """Number of boxes along each axis of `over(grid)`."""
+        return tuple(-(-n // b) for n, b in zip(self.over(grid), (self.t, self.h, self.w), strict=True))  # type: ignore[return-value]
 
     def halved(self, tokens: int) -> Box:
         """The box cut in halves, along t first, down to `tokens` tokens; as it is if that does not come out even."""
@@ -77,7 +86,7 @@ class Box:
                 w //= 2
             else:
                 return self
-        return Box(t, h, w) if t * h * w == tokens else self
+        return Box(t, h, w, self.stacked) if t * h * w == tokens else self
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +102,7 @@ Order: TypeAlias = Identity | Box | Index
 @functools.lru_cache(maxsize=64)
 def box_order(box: Box, grid: tuple[int, int, int], device: torch.device) -> Tensor:
     """Frame-major token index of each place in box order, int64 [video]."""
-    axes = [torch.arange(n, device=device) for n in grid]
+    axes = [torch.arange(n, device=device) for n in box.over(grid)]
     t, y, x = torch.meshgrid(*axes, indexing="ij")
     _, height, width = box.counts(grid)
     region = ((t // box.t) * height + y // box.h) * width + x // box.w
@@ -104,7 +113,7 @@ def box_order(box: Box, grid: tuple[int, int, int], device: torch.device) -> Ten
 def box_sizes(box: Box, grid: tuple[int, int, int], device: torch.device) -> Tensor:
     """Number of tokens in each box, int32 [boxes], in box order."""
     sides = []
-    for n, b in zip(grid, (box.t, box.h, box.w), strict=True):
+    for n, b in zip(box.over(grid), (box.t, box.h, box.w), strict=True):
         side = torch.full((-(-n // b),), b, dtype=torch.int32)
         side[-1] = n - b * (len(side) - 1)
         sides.append(side)

@@ -132,7 +132,7 @@ def _paper(case: Case) -> Ready:
     code builds anew at every call, are kept.
     """
     grid, box = case.shape.grid, case.shape.box
-    if grid[1] % box.h or grid[2] % box.w:
+    if box.stacked or grid[1] % box.h or grid[2] % box.w:
         raise Absent(f"the paper's code takes whole regions of {box.h}x{box.w} only, got the grid {grid}")
     execute, seen = _executor("auto", case), [case.plan]
     order = _order(case.plan, case)

@@ -78,7 +78,8 @@ class Job:
 
     def __init__(self, config: DictConfig, folder: Path):
         self.config, self.folder = config, folder
-        self.model, self.method = schema.check_job(config), schema.method(config)
+        self.model = schema.check_job(config)
+        self.method = schema.method(config).on(self.model.grid)
         self.cuda = self.model.device.type == "cuda"
         self.name, self.settings = _file(type(self.method)).stem, _plain(self.method)  # before it measures any
         self.executor_name = kernels.resolve(config.executor, self.model.device)

@@ -48,7 +48,7 @@ def pool(x: Tensor, box: Box, grid: tuple[int, int, int], how: str = "average") 
     """As `select.pool`: mean or maximum over each box, [B, S, H, D] -> float32 [B, H, boxes, D]."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     batch, _, heads, dim = x.shape
-    counts, block = box.counts(grid), box.t * box.h * box.w
+    grid, counts, block = box.over(grid), box.counts(grid), box.t * box.h * box.w
     boxes, launch = math.prod(counts), LAUNCH["pool"]
     low = torch.empty(batch, heads, boxes, dim, dtype=torch.float32, device=x.device)
     r, c = (min(launch[side], triton.next_power_of_2(n)) for side, n in (("R", block), ("C", heads * dim)))

@@ -58,7 +58,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, layout: Layout) -> tuple[Te
 
     batch, length, heads, _ = q.shape
     box = _box(plan)
-    grid = layout.grid if isinstance(plan.q_order, Box) else (1, 1, layout.video)
+    grid = plan.q_order.over(layout.grid) if isinstance(plan.q_order, Box) else (1, 1, layout.video)
     out, v_text = q.new_empty(q.shape), None
     lse = torch.full((batch, heads, length), -torch.inf, dtype=torch.float32, device=q.device)
     with part("order"):

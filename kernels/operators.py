@@ -24,10 +24,10 @@ SCHEMA = (
 
 
 def flatten(plan: Plan, layout: Layout) -> tuple[Any, ...]:
-    """An operator's arguments behind q, k, v; an order is a box's sizes, an index, or neither (as tokens come)."""
+    """An operator's arguments behind q, k, v; an order is a box's fields, an index, or neither (as tokens come)."""
     orders = (plan.q_order, plan.kv_order)
     index = [order.tokens if isinstance(order, Index) else None for order in orders]
-    box = [[order.t, order.h, order.w] if isinstance(order, Box) else [] for order in orders]
+    box = [[order.t, order.h, order.w, order.stacked] if isinstance(order, Box) else [] for order in orders]
     lists = (plan.q_offsets, plan.kv_offsets, plan.counts, plan.blocks)
     return *lists, *index, *box, plan.q_block, plan.kv_block, plan.regular, list(layout.grid), layout.text
 
@@ -46,7 +46,7 @@ def unflatten(
 def _order(index: Tensor | None, box: list[int]) -> Order:
     if index is not None:
         return Index(index)
-    return Box(*box) if box else Identity()
+    return Box(*box[:3], stacked=bool(box[3])) if box else Identity()
 
 
 def call(name: str, q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:

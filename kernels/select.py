@@ -31,6 +31,7 @@ def pool(x: Tensor, box: Box, grid: tuple[int, int, int], how: str = "average") 
 
     Float32; text tokens, which lie behind the video, are ignored.
     """
+    grid = box.over(grid)
     if fast(x):
         from draftbench.kernels import draft
 
@@ -62,7 +63,7 @@ def pair_budget(sparsity: float, box: Box, grid: tuple[int, int, int]) -> int:
 
     All but int(sparsity * n * n) blocks, or, where boxes at the grid's edge are smaller, a share 1 - sparsity of pairs.
     """
-    if all(n % b == 0 for n, b in zip(grid, (box.t, box.h, box.w), strict=True)):
+    if all(n % b == 0 for n, b in zip(box.over(grid), (box.t, box.h, box.w), strict=True)):
         total = math.prod(box.counts(grid)) ** 2
         return (total - int(sparsity * total)) * (box.t * box.h * box.w) ** 2
     return int((1 - sparsity) * math.prod(grid) ** 2)

@@ -3,11 +3,14 @@
 A low-resolution attention map of average-pooled queries and keys ranks regions of 8x16 tokens within a frame; one
 threshold per head over the whole map drops the lowest. As the official code does: dropped blocks are skipped (the
 paper writes zeroed logits), text stays dense. Beyond it: any grid, and a row left with nothing keeps its best block.
+Where the region does not divide a frame's height, regions may run on into the next frame (`stacked`): 45x80 tokens
+in 33 frames are then 930 regions instead of 990, and only the last of them are cut.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,10 +30,12 @@ from ..layout import Box
 
 @dataclass
 class Draft(Method):
-    """region: (h, w) tokens; pool: average or max; per_row: top-k of each row instead of one threshold per head;
-    first_frame_sink and same_frame keep those blocks too."""
+    """region: (h, w) tokens; stacked: regions run on from frame to frame, None where that makes fewer of them; pool:
+    average or max; per_row: top-k of each row instead of one threshold per head; first_frame_sink and same_frame keep
+    those blocks too, and need regions that do not run on."""
 
     region: tuple[int, int] = (8, 16)
+    stacked: bool | None = None
     pool: str = "average"
     per_row: bool = False
     first_frame_sink: bool = False
@@ -41,24 +46,35 @@ class Draft(Method):
         if self.pool not in ("average", "max"):
             raise ValueError(f"method.pool must be average or max, got {self.pool!r}")
         self.region = (int(self.region[0]), int(self.region[1]))
+        if self.first_frame_sink or self.same_frame:
+            if self.stacked:
+                raise ValueError("method.stacked must be false with method.first_frame_sink or method.same_frame")
+            self.stacked = False
 
-    @property
-    def box(self) -> Box:
-        """The region as a box of one frame."""
-        return Box(1, *self.region)
+    def box(self, grid: tuple[int, int, int]) -> Box:
+        """The region as a box on a grid."""
+        apart, stacked = Box(1, *self.region), Box(1, *self.region, stacked=True)
+        if self.stacked is None:
+            return stacked if math.prod(stacked.counts(grid)) < math.prod(apart.counts(grid)) else apart
+        return stacked if self.stacked else apart
+
+    def on(self, grid: tuple[int, int, int]) -> Draft:
+        """See `Method.on`."""
+        return replace(self, stacked=self.box(grid).stacked)
 
     def scores(self, q: Tensor, k: Tensor, call: Call) -> Tensor:
         """The draft map [B, H, regions, regions], rows summing to one."""
-        return draft_map(*(pool(x, self.box, call.layout.grid, self.pool) for x in (q, k)))
+        grid = call.layout.grid
+        return draft_map(*(pool(x, self.box(grid), grid, self.pool) for x in (q, k)))
 
     def mask(self, scores: Tensor, call: Call) -> Tensor:
         """Kept blocks of the map, before empty rows are filled."""
-        n = scores.shape[-1]
+        n, grid = scores.shape[-1], call.layout.grid
         if self.per_row:
             mask = keep_per_row(scores, torch.full_like(scores[..., 0], n - int(self.sparsity * n)))
         else:
-            mask = keep_over_threshold(scores, self.sparsity, self.box, call.layout.grid)
-        per_frame = n // call.layout.grid[0]
+            mask = keep_over_threshold(scores, self.sparsity, self.box(grid), grid)
+        per_frame = n // grid[0]
         frame = torch.arange(n, device=scores.device) // per_frame
         if self.first_frame_sink:
             mask = mask | (frame == 0)
@@ -68,9 +84,9 @@ class Draft(Method):
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Plan:
         """See `Method.plan`."""
-        scores = self.scores(q, k, call)
+        scores, box = self.scores(q, k, call), self.box(call.layout.grid)
         if not (self.per_row or self.first_frame_sink or self.same_frame):
-            return threshold_plan(scores, self.sparsity, self.box, call)
+            return threshold_plan(scores, self.sparsity, box, call)
         # These three are masks in plain torch on every device.
         mask, fallbacks = fill_empty_rows(self.mask(scores, call), scores)
-        return box_plan(mask, self.box, call, fallbacks)
+        return box_plan(mask, box, call, fallbacks)

@@ -18,5 +18,6 @@ class Oracle(Draft):
 
     def scores(self, q: Tensor, k: Tensor, call: Call) -> Tensor:
         """The true map [B, H, regions, regions]: mean attention mass a token pair, so that size earns no place."""
-        sizes = box_sizes(self.box, call.layout.grid, q.device)
-        return attention_mass(q, k, self.box, call) / (sizes[:, None] * sizes)
+        box = self.box(call.layout.grid)
+        sizes = box_sizes(box, call.layout.grid, q.device)
+        return attention_mass(q, k, box, call) / (sizes[:, None] * sizes)

@@ -24,4 +24,4 @@ class Random(Draft):
             torch.rand(scores.shape[1:], device=q.device, generator=call.generator(item, q.device))
             for item in range(len(q))
         ]
-        return box_plan(keep_per_row(torch.stack(draws), mask.sum(-1)), self.box, call, fallbacks)
+        return box_plan(keep_per_row(torch.stack(draws), mask.sum(-1)), self.box(call.layout.grid), call, fallbacks)

@@ -75,6 +75,7 @@ CASES = {
     "even": ((2, 8, 16), 0, lambda l, t, h: box_plan(l, t, Box(1, 4, 8), h)),
     "ragged_h": ((2, 9, 16), 5, lambda l, t, h: box_plan(l, t, Box(1, 4, 8), h)),
     "ragged_all": ((3, 9, 13), 40, lambda l, t, h: box_plan(l, t, Box(2, 4, 8), h)),
+    "stacked": ((3, 9, 13), 5, lambda l, t, h: box_plan(l, t, Box(1, 4, 8, stacked=True), h)),
     "one_block": ((1, 4, 8), 1, lambda l, t, h: box_plan(l, t, Box(1, 4, 8), h)),
     "clusters": ((2, 8, 10), 17, cluster_plan),
     "uneven": ((2, 9, 16), 17, uneven_plan),
@@ -110,14 +111,13 @@ def check(executor, layout, q, k, v, plan, has_lse=True):
     out, lse = executor(q, k, v, plan, layout)
     difference = (out.double() - expected).flatten(2).norm(dim=-1)
     norm = expected.flatten(2).norm(dim=-1)
-    assert (difference[norm == 0] == 0).all()
-    assert (difference / norm)[norm > 0].max() <= bound
-    assert difference.norm() / expected.norm() <= bound
+    assert (difference <= bound * norm).all()  # an empty row is zero exactly
+    assert difference.norm() <= bound * expected.norm()
     if has_lse:
         finite = expected_lse.isfinite()
         assert (lse.isfinite() == finite).all() and not lse.isnan().any()
-        error = (lse.double() - expected_lse)[finite].abs().max()
-        assert error <= (1e-4 if q.dtype == torch.float32 else 1e-2)
+        error = (lse.double() - expected_lse)[finite].abs()
+        assert (error <= (1e-4 if q.dtype == torch.float32 else 1e-2)).all()
 
 
 @pytest.mark.parametrize("executor", ["triton"] if GPU else ["cpu", "triton"])
@@ -232,10 +232,16 @@ GRIDS = {
     "even": (4, 16, 32), "ragged_t": (5, 16, 32), "ragged_h": (4, 17, 32), "ragged_w": (4, 16, 37),
     "one_frame": (1, 16, 32), "one_block": (2, 4, 8),
 }  # fmt: skip
-BOXES = {64: Box(2, 4, 8), 128: Box(2, 8, 8), "8x16": Box(1, 8, 16), 256: Box(4, 8, 8)}
+BOXES = {
+    64: Box(2, 4, 8),
+    128: Box(2, 8, 8),
+    "8x16": Box(1, 8, 16),
+    "stacked": Box(1, 8, 16, stacked=True),
+    256: Box(4, 8, 8),
+}
 
 
-HOPPER = AXES | {"block": [128, "8x16"], "dtype": [torch.bfloat16, torch.float16]}
+HOPPER = AXES | {"block": [128, "8x16", "stacked"], "dtype": [torch.bfloat16, torch.float16]}
 FLEX = {name: values[-1:] if name in ("block", "batch", "text") else values[:2] for name, values in AXES.items()}
 
 

@@ -1,6 +1,7 @@
 """Properties every method has, found by globbing conf/method."""
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,9 +13,10 @@ from draftbench.kernels.mass import attention_mass
 from draftbench.methods import sta
 
 from draftbench.attention import DenseParts, Meter, Method, Request, Session, count_pairs
-from draftbench.layout import Box, Layout
+from draftbench.layout import Box, Layout, box_order, box_sizes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CPU = torch.device("cpu")
 KNOBS = {"region": (4, 8), "tile": (2, 4, 4), "block": 32}
 FOLDER = Path(__file__).parent.parent / "conf" / "method"
 METHODS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(FOLDER.glob("*.yaml"))}
@@ -87,6 +89,19 @@ def test_sparsity_out_of_range(name, sparsity):
         build(name, sparsity)
 
 
+@pytest.mark.parametrize("name", ["draft", "oracle", "random"])
+def test_regions_run_on_from_frame_to_frame_where_that_makes_fewer(name):
+    method = build(name, 0.5)
+    assert [method.on(grid).stacked for grid in GRIDS.values()] == [False, True, False]
+    # Of 5 frames of 15 rows, 75 rows in regions of 4: the fourth has 3 rows of the first frame and one of the second.
+    region = torch.repeat_interleave(torch.arange(19 * 4), box_sizes(method.box(GRIDS["ragged"]), GRIDS["ragged"], CPU))
+    frame = box_order(method.box(GRIDS["ragged"]), GRIDS["ragged"], CPU)[region == 3 * 4] // (15 * 26)
+    assert frame.tolist() == [0] * 24 + [1] * 8
+    assert replace(method, same_frame=True).on(GRIDS["ragged"]).stacked is False
+    with pytest.raises(ValueError, match=r"method.stacked must be false with"):
+        replace(method, first_frame_sink=True, stacked=True)
+
+
 def plans(name, sparsity=0.75):
     """(kept blocks [B, H, n, n] of the video, true mass) of one call."""
     kept = {}
@@ -95,11 +110,11 @@ def plans(name, sparsity=0.75):
 
     def spy(q, k, v, call):
         plan = original(method, q, k, v, call)
-        n = len(attention_mass(q[:, :, :1], k[:, :, :1], method.box, call)[0, 0])
+        n = len(attention_mass(q[:, :, :1], k[:, :, :1], method.box(call.layout.grid), call)[0, 0])
         live = torch.arange(plan.blocks.shape[-1], device=q.device) < plan.counts[..., None]
         mask = torch.zeros(*plan.counts.shape, plan.blocks.shape[-1], device=q.device)
         mask.scatter_(-1, plan.blocks.long(), live.float())
-        kept["mask"], kept["mass"] = mask[..., :n, :n].bool(), attention_mass(q, k, method.box, call)
+        kept["mask"], kept["mass"] = mask[..., :n, :n].bool(), attention_mass(q, k, method.box(call.layout.grid), call)
         return plan
 
     method.plan = spy

@@ -45,7 +45,9 @@ def runnable(name, q, plan):
 
 
 @pytest.mark.parametrize(
-    "order", [Identity(), Box(1, 4, 8), Index(torch.arange(128)[None, None])], ids=["plain", "box", "index"]
+    "order",
+    [Identity(), Box(1, 4, 8), Box(1, 4, 8, stacked=True), Index(torch.arange(128)[None, None])],
+    ids=["plain", "box", "stacked", "index"],
 )
 def test_a_plan_comes_back_from_its_arguments(order):
     *_, plan, layout = problem((2, 8, 8), 5, Box(1, 4, 8))
