@@ -57,3 +57,9 @@ def not_for_tensor_cores(q: Tensor, head_dims: tuple[int, ...]) -> str | None:
     if q.shape[-1] not in head_dims:
         return f"head_dim must be one of {', '.join(map(str, head_dims))}, got {q.shape[-1]}"
     return None
+
+
+def side_by_side(x: Tensor) -> bool:
+    """Whether the copy engine can read x [B, S, H, D] where it lies: channels together, steps of 16 bytes."""
+    steps = [x.stride(0) if len(x) > 1 else 0, x.stride(1), x.stride(2), x.storage_offset()]
+    return x.stride(3) == 1 and not any(step * x.element_size() % 16 for step in steps)

@@ -17,7 +17,7 @@ import math
 from typing import Any
 
 import torch
-from draftbench.kernels.devices import needs_triton, not_for_tensor_cores, not_hopper
+from draftbench.kernels.devices import needs_triton, not_for_tensor_cores, not_hopper, side_by_side
 from draftbench.kernels.padded import even
 from torch import Tensor
 
@@ -62,7 +62,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, layout: Layout) -> tuple[Te
     out, v_text = q.new_empty(q.shape), None
     lse = torch.full((batch, heads, length), -torch.inf, dtype=torch.float32, device=q.device)
     with part("order"):
-        q, k, v = (x if _side_by_side(x) else x.contiguous() for x in (q, k, v))
+        q, k, v = (x if side_by_side(x) and x.stride(2) == x.shape[3] else x.contiguous() for x in (q, k, v))
         starts = plan.kv_offsets[:, 0].contiguous()
         rows, counts, whole, blocks = schedule(plan, layout, batch)
         if layout.text and not even(plan, layout, batch):  # what pads it may be NaN, and 0 times NaN is NaN
@@ -70,12 +70,6 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, layout: Layout) -> tuple[Te
             v_text = v[:, layout.video :].masked_fill(padding[..., None, None], 0)
     forward(q, k, v, v_text, out, lse, rows, counts, whole, blocks, starts, grid, box, layout.text, STAGES)
     return out, lse
-
-
-def _side_by_side(x: Tensor) -> bool:
-    """Whether the copy engine can read x [B, S, H, D] where it lies: heads and channels together, 16-byte steps."""
-    steps = [x.stride(0) if len(x) > 1 else 0, x.stride(1), x.storage_offset()]
-    return x.stride(3) == 1 and x.stride(2) == x.shape[3] and not any(step % 8 for step in steps)
 
 
 def _box(plan: Plan) -> tuple[int, int, int]:

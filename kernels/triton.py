@@ -2,11 +2,14 @@
 
 q, k and v are gathered into the plan's order first: rows that lie side by side are what the compiler can fetch ahead,
 and fetching each through an index took twice the time of the products. Blocks of any size: a block larger than a tile
-is walked in tiles. Within a row's list the blocks of full size come first, so only the others pay for a mask.
+is walked in tiles. Within a row's list the blocks of full size come first, as the token each starts at: the compiler
+does not fetch ahead through a second look-up, and only the other blocks pay for a mask. Tiles of keys and values are
+read by tensor descriptors, which are the copy engine's where the GPU has one.
 """
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import math
 import os
@@ -15,6 +18,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from draftbench.kernels.devices import side_by_side
 from draftbench.kernels.padded import even, take
 from torch import Tensor
 
@@ -42,14 +46,15 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, layout: Layout) -> tuple[Te
     with part("order"):
         q_order, kv_order = (permutation(order, layout, q.device) for order in (plan.q_order, plan.kv_order))
         q, k, v = (_ordered(x, order) for x, order in ((q, q_order), (k, kv_order), (v, kv_order)))
-        rows, counts, whole, blocks = schedule(plan, layout, batch)
+        rows, counts, whole, blocks = schedule(plan, layout, batch, starts=True)
     out = torch.zeros(batch, length, heads, dim, dtype=q.dtype, device=q.device)
     lse = torch.full((batch, heads, length), -torch.inf, dtype=torch.float32, device=q.device)
     m = min(128 if q.element_size() == 2 else 64, max(16, triton.next_power_of_2(plan.q_block)))
     q_tiles, q_blocks = -(-plan.q_block // m), counts.shape[2]
     q_starts, kv_starts = plan.q_offsets.contiguous(), plan.kv_offsets.contiguous()
-    forward = _tuned(q.element_size() == 2, triton.next_power_of_2(plan.kv_block))
-    forward[(q_blocks * q_tiles, batch * heads)](
+    forward = _tuned(q.element_size() == 2, triton.next_power_of_2(plan.kv_block))[q_blocks * q_tiles, batch * heads]
+    contextvars.copy_context().run(
+        _with_scratch, forward,
         q, k, v, out, lse, q_starts, kv_starts, rows, counts, whole, blocks,
         math.log2(math.e) / math.sqrt(dim), heads, q_blocks, kv_starts.shape[-1] - 1, blocks.shape[-1], length,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_shared(q_starts), *_shared(kv_starts),
@@ -63,30 +68,38 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, layout: Layout) -> tuple[Te
         return take(out, back), lse.gather(2, back.expand(batch, heads, -1))
 
 
-def schedule(plan: Plan, layout: Layout, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _with_scratch(launch: Any, *arguments: Any, **options: Any) -> None:
+    """Launch with room for tensor descriptors, which Triton asks a hook for; its own context keeps the caller's."""
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+    launch(*arguments, **options)
+
+
+def schedule(plan: Plan, layout: Layout, batch: int, starts: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(rows, counts, whole, blocks): in which order query blocks start, and their lists, blocks of full size first.
 
-    rows: int32 [B * H, q_blocks], those with the most keys first, so that none is left for the end; heads stay in
-    turn, for the keys in L2. counts, whole: int32 [B, H, q_blocks], kept blocks that have a token, and how many of
-    them are of `plan.kv_block` tokens. No synchronisation.
+    rows: int32 [B * H, q_blocks], those with the most keys first, so that none is left for the end, and as they lie
+    where they have as many (rows side by side keep more of the same keys); heads stay in turn, for the keys in L2.
+    counts, whole: int32 [B, H, q_blocks], kept blocks that have a token, and how many of them are of `plan.kv_block`
+    tokens; with `starts` the lists name these by their first token. No synchronisation.
     """
     counts, blocks = plan.counts.contiguous(), plan.blocks.contiguous()
     whole = counts
-    if not even(plan, layout, batch):
-        starts = plan.kv_offsets.contiguous()
+    if starts or not even(plan, layout, batch):
+        offsets = plan.kv_offsets.contiguous()
         q_blocks, heads = counts.shape[2], counts.shape[1]
         counts, whole, blocks = (torch.empty_like(x) for x in (counts, counts, blocks))
         _whole_first[(q_blocks, batch * heads)](
-            plan.counts.contiguous(), plan.blocks.contiguous(), starts, counts, whole, blocks,
-            heads, q_blocks, blocks.shape[-1], *_shared(starts), SIZE=plan.kv_block, CHUNK=1024, num_warps=4,
+            plan.counts.contiguous(), plan.blocks.contiguous(), offsets, counts, whole, blocks,
+            heads, q_blocks, blocks.shape[-1], *_shared(offsets), SIZE=plan.kv_block, CHUNK=1024, NAMED=not starts,
+            num_warps=4,
         )  # fmt: skip
-    return counts.flatten(0, 1).argsort(dim=-1, descending=True).int(), counts, whole, blocks
+    return counts.flatten(0, 1).argsort(dim=-1, descending=True, stable=True).int(), counts, whole, blocks
 
 
 def _ordered(x: Tensor, order: Tensor | None) -> Tensor:
     if order is not None:
         return take(x, order)
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if side_by_side(x) else x.contiguous()
 
 
 def _shared(x: Tensor) -> tuple[int, int]:
@@ -111,8 +124,9 @@ def _tuned(half: bool, kv_block: int) -> Any:
 
 @triton.jit
 def _whole_first(
-    COUNTS, BLOCKS, STARTS, KEPT, WHOLE, OUT, heads, rows, capacity, s_b, s_h, SIZE: tl.constexpr, CHUNK: tl.constexpr
-):
+    COUNTS, BLOCKS, STARTS, KEPT, WHOLE, OUT, heads, rows, capacity, s_b, s_h,
+    SIZE: tl.constexpr, CHUNK: tl.constexpr, NAMED: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(1).to(tl.int64) * rows + tl.program_id(0)
     starts = STARTS + tl.program_id(1) // heads * s_b + tl.program_id(1) % heads * s_h
     count = tl.load(COUNTS + row)
@@ -121,28 +135,38 @@ def _whole_first(
         for first in range(0, count, CHUNK):
             at = first + tl.arange(0, CHUNK)
             block = tl.load(BLOCKS + row * capacity + at, mask=at < count, other=0)
-            size = tl.load(starts + block + 1) - tl.load(starts + block)
+            start = tl.load(starts + block)
+            size = tl.load(starts + block + 1) - start
             chosen = (size < SIZE) & (size > 0) if smaller else size == SIZE
             chosen = chosen & (at < count)
             place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-            tl.store(OUT + row * capacity + written + place, block, mask=chosen)
+            what = block if NAMED or smaller else start
+            tl.store(OUT + row * capacity + written + place, what, mask=chosen)
             written += tl.sum(chosen.to(tl.int32), 0)
         tl.store((KEPT if smaller else WHOLE) + row, written)
 
 
 @triton.jit
 def _walk(
-    q, acc, top, total, k, v, blocks, starts, first, last, scale, length, k_s, v_s,
-    N: tl.constexpr, TILES: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    q, acc, top, total, k, v, blocks, starts, first, last, scale,
+    N: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Softmax and products over the tiles of kept blocks first to last; k and v point at rows of channels."""
+    """Softmax and products over the tiles of kept blocks first to last; k and v describe [tokens, channels].
+
+    A list's whole blocks (those that WHOLE says, by first token) or its others.
+    """
+    TILES: tl.constexpr = (BLOCK + N - 1) // N
+    MASKED: tl.constexpr = not WHOLE or BLOCK % N != 0
     for j in range(first * TILES, last * TILES):
-        start = starts + tl.load(blocks + j // TILES)
-        cols = tl.load(start) + (j % TILES) * N + tl.arange(0, N)
-        live = cols < tl.load(start + 1)
-        cols = tl.minimum(cols, length - 1).to(tl.int64)  # a row of another block, or of none, may be read
-        keys = tl.load(k + cols[:, None] * k_s)
-        values = tl.load(v + cols[:, None] * v_s)
+        start = tl.load(blocks + j // TILES)
+        end = start + BLOCK
+        if not WHOLE:
+            end = tl.load(starts + start + 1)
+            start = tl.load(starts + start)
+        start += j % TILES * N
+        keys, values = k.load([start, 0]), v.load([start, 0])  # beyond the block another's, beyond the end zeros
+        if MASKED:
+            live = start + tl.arange(0, N) < end
         if UPCAST:
             keys, values = keys.to(tl.float32), values.to(tl.float32)
         s = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
@@ -186,19 +210,16 @@ def _forward(
     total = tl.zeros([M], tl.float32)
     row = item * q_blocks + block
     whole = tl.load(WHOLE + row)
-    k = K + b * k_b + h * k_h + d[None, :]
-    v = V + b * v_b + h * v_h + d[None, :]
+    k = tl.make_tensor_descriptor(K + b * k_b + h * k_h, [length, D], [k_s, 1], [N, D])
+    v = tl.make_tensor_descriptor(V + b * v_b + h * v_h, [length, D], [v_s, 1], [N, D])
     starts, blocks = KV_START + b * ks_b + h * ks_h, BLOCKS + row * capacity
-    TILES: tl.constexpr = (KV_BLOCK + N - 1) // N
-    EVEN: tl.constexpr = KV_BLOCK % N == 0
+    count = tl.load(COUNTS + row)
     acc, top, total = _walk(
-        q, acc, top, total, k, v, blocks, starts, 0, whole, scale, length, k_s, v_s, N, TILES, not EVEN, UPCAST,
-        PRECISION,
-    )  # fmt: skip
+        q, acc, top, total, k, v, blocks, starts, 0, whole, scale, N, KV_BLOCK, True, UPCAST, PRECISION
+    )
     acc, top, total = _walk(
-        q, acc, top, total, k, v, blocks, starts, whole, tl.load(COUNTS + row), scale, length, k_s, v_s, N, TILES, True,
-        UPCAST, PRECISION,
-    )  # fmt: skip
+        q, acc, top, total, k, v, blocks, starts, whole, count, scale, N, KV_BLOCK, False, UPCAST, PRECISION
+    )
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     lse = (top + tl.math.log2(total)) * 0.6931471805599453
     lse = tl.where(total == 0.0, -float("inf"), lse)
