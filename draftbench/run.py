@@ -32,6 +32,7 @@ from .methods.dense import Dense
 from .metrics.lpips import lpips
 from .metrics.psnr import psnr_db
 from .metrics.ssim import ssim
+from .models import hook
 from .parts import collect
 from .tracking import Tracker
 
@@ -86,7 +87,7 @@ class Job:
         self.parts = DenseParts(config.dense.steps, config.dense.timestep, config.dense.layers)
         self.environment = describe(self.model.device)
         self.source = _source(*_classes(self.method), kernels, metrics)
-        self.model_source = _source(type(self.model), attention, layout, dense_kernel)
+        self.model_source = _source(type(self.model), attention, layout, dense_kernel, hook)
         cache = Path(config.cache).expanduser()
         self.frames, self.index = FrameCache(cache / "frames"), records.Index(cache / "cells")
         self.memo: dict[tuple[str, Request], list[Clip]] = {}

@@ -13,6 +13,8 @@ import torch
 import yaml
 from draftbench.kernels import dense, run
 from draftbench.methods.dense import Dense
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
 
 from draftbench import records
 from draftbench.attention import DenseParts, Method, Request, Session, Watch
@@ -382,7 +384,7 @@ def test_hugging_face_cache(checkpoint, tmp_path, monkeypatch):
         ({"shift": 0.0}, "model.shift must be above 0, got 0.0"),
         ({"guidance": -1.0}, "model.guidance must be at least 0, got -1.0"),
         ({"true_cfg": 0.5}, r"model.true_cfg must be at least 1 \(1 is off\), got 0.5"),
-        ({"dtype": "int8"}, "model.dtype must be bfloat16 or float32, got 'int8'"),
+        ({"dtype": "int8"}, "model.dtype must be bfloat16, float16 or float32, got 'int8'"),
     ],
     ids=lambda value: next(iter(value.items())) if isinstance(value, dict) else "",
 )
@@ -420,7 +422,8 @@ def test_weights_hash_and_settings(checkpoint, copy):
 
 
 def test_config_has_the_constructors_keys():
-    config = yaml.safe_load((CONF / "model" / "hunyuan_video.yaml").read_text())
+    with initialize_config_module("draftbench.conf", version_base="1.3"):
+        config = OmegaConf.to_container(compose("config", ["model=hunyuan_video", "device=cpu"]).model, resolve=True)
     assert config.pop("_target_") == f"{HunyuanVideo.__module__}.{HunyuanVideo.__qualname__}"
     assert set(config.pop("geometry")) == {"region", "tile", "block"}
     assert set(config) == set(inspect.signature(HunyuanVideo).parameters)
