@@ -87,6 +87,8 @@ class HunyuanVideo15(Pipeline):
         """See `Pipeline.schedule`; this pipeline's guidance is a component of it."""
         pipe.scheduler.set_shift(self.shift)
         pipe.guider = pipe.guider.new(guidance_scale=self.guidance)
+        if pipe.vae is not None:
+            pipe.vae.enable_slicing()  # its attention's mask fits no batch of several
 
     def guided(self) -> dict[str, Any]:
         """See `Pipeline.guided`."""
