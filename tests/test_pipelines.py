@@ -17,6 +17,7 @@ from draftbench.methods.dense import Dense
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
+import draftbench
 from draftbench import records, schema
 from draftbench.attention import DenseParts, Method, Request, Session, Watch
 
@@ -143,7 +144,7 @@ def cogvideox(**sizes):
         ),
         transformer=Transformer(
             attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=16,
-            sample_width=14, sample_height=6, **TINY, **sizes,
+            sample_width=28, sample_height=6, **TINY, **sizes,
         ),
         scheduler=CogVideoXDDIMScheduler(
             prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False, rescale_betas_zero_snr=True
@@ -593,6 +594,75 @@ def test_another_instance_is_not_touched(model, guided):
         assert state(guided) == before
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_accelerate_is_the_same_hook_at_any_size(family, models):
+    model = models(family)
+    before, wanted = state(model), batch(SHORT, LONGER)
+    expected, plain = hooked(model, wanted, Spy(build("svg", 0.5))), stock(model, wanted)
+    parts = {"method": build("svg", 0.5), "dense": DenseParts(0.25)}
+    with draftbench.accelerate(model.pipe, **parts) as session:
+        assert state(model) != before
+        first = stock(model, wanted)
+        again = stock(model, wanted)  # one more call: the meter counts anew
+    assert first.shape == expected.shape and torch.equal(first, again) and not torch.equal(first, plain)
+    calls = FAMILIES[family].layers * len(FAMILIES[family].branches)
+    assert session.meter.calls == STEPS * calls and abs(session.meter.sparsity()[0] - 0.5) < 0.1
+    larger = model.arguments(wanted) | {"width": 2 * model.width}
+    with draftbench.accelerate(model.pipe, "draft", 0.5) as session:
+        model.pipe(**larger, output_type="latent")
+        assert session.meter.sparse_calls == (STEPS - 1) * calls
+    assert state(model) == before
+
+
+def test_accelerate_names_what_it_cannot_take(model, monkeypatch):
+    with pytest.raises(ValueError, match=r"pipe must be one of CogVideoXPipeline, .*, WanPipeline, got Dense"):
+        draftbench.accelerate(Dense()).__enter__()
+    with pytest.raises(ValueError, match=r"method must be one of dense, draft, .*, got 'darft'"):
+        draftbench.accelerate(model.pipe, "darft").__enter__()
+    with pytest.raises(ValueError, match="OtherSeed changes seeds or steps"):
+        draftbench.accelerate(model.pipe, "other_seed").__enter__()
+    with pytest.raises(ValueError, match=r"sparsity must be in \[0, 1\), got 1.5"):
+        draftbench.accelerate(model.pipe, "draft", 1.5).__enter__()
+
+
+def test_what_would_run_dense_or_wrong_is_refused_by_name(models, monkeypatch):
+    model = models("wan21_1_3b")
+    network, before = model.pipe.transformer, state(model)
+    for value, message in [
+        ({"transformer": 0, "vae": 1}, "WanPipeline is spread over devices 0, 1"),
+        ({"transformer": 0, "vae": "cpu"}, None),
+    ]:
+        monkeypatch.setattr(model.pipe, "hf_device_map", value)
+        if message:
+            with pytest.raises(ValueError, match=message):
+                model.patched(Spy(), (0,))
+        else:
+            model.patched(Spy(), (0,))
+    monkeypatch.undo()
+    monkeypatch.setattr(network, "_parallel_config", object())
+    with pytest.raises(ValueError, match="WanTransformer3DModel has context or tensor parallelism enabled"):
+        model.patched(Spy(), (0,))
+    monkeypatch.undo()
+    with (
+        model.patched(Spy(), (0,)),
+        pytest.raises(ValueError, match="must have its WanAttnProcessor in every block, got _Processor"),
+    ):
+        model.patched(Spy(), (0,))  # within itself
+    assert state(model) == before
+
+
+def test_another_guidance_is_refused_by_name(models):
+    model = models("hunyuan_video_15")
+    before = state(model)
+    with (
+        model.patched(Spy(), (0,)),
+        pytest.raises(ValueError, match="runs a guidance branch 'pred_cond_skip'; known: cond, "),
+        model.pipe.transformer.cache_context("pred_cond_skip"),
+    ):
+        pass
+    assert state(model) == before
+
+
 @pytest.fixture
 def copy(checkpoint, tmp_path):
     return shutil.copytree(checkpoint, tmp_path / "copy")
@@ -617,6 +687,24 @@ def test_missing_shard(copy):
     index = {"weight_map": {"a": "diffusion_pytorch_model.safetensors", "b": "second.safetensors"}}
     (copy / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(FileNotFoundError, match=r"lacks transformer/second\.safetensors"):
+        make(copy)
+
+
+def test_unfinished_downloads(copy):
+    part = copy / "transformer"
+    file, folder = part / "diffusion_pytorch_model.safetensors", copy / ".cache" / "huggingface"
+    whole = file.read_bytes()
+    for bad in (whole[:-1], whole[:100], b"version https://git-lfs.github.com/spec/v1"):
+        file.write_bytes(bad)
+        with pytest.raises(FileNotFoundError, match=rf"has transformer/{file.name}, which is cut short; .*{PATTERN}"):
+            make(copy)
+    file.unlink()
+    (part / "diffusion_pytorch_model-00001-of-00002.safetensors").write_bytes(whole)
+    with pytest.raises(FileNotFoundError, match=r"lacks transformer/\*.safetensors.index.json"):
+        make(copy)
+    folder.mkdir(parents=True)
+    (folder / "abc.incomplete").touch()
+    with pytest.raises(FileNotFoundError, match=r"an unfinished download, \.cache/huggingface/abc\.incomplete; "):
         make(copy)
 
 
@@ -651,6 +739,10 @@ def test_hugging_face_cache(checkpoint, tmp_path, monkeypatch):
         ({"shift": 0.0}, "model.shift must be above 0, got 0.0"),
         ({"guidance": -1.0}, "model.guidance must be at least 0, got -1.0"),
         ({"true_cfg": 0.5}, r"model.true_cfg must be at least 1 \(1 is off\), got 0.5"),
+        ({"offload": "model"}, "model.offload=model needs a GPU to run on, got device=cpu"),
+        ({"offload": "disk"}, "model.offload must be none, model or sequential, got 'disk'"),
+        ({"weights": "ones"}, "model.weights must be null or random, got 'ones'"),
+        ({"weights": "random", "text_tokens": 0}, "model.text_tokens must be a positive integer, got 0"),
         ({"dtype": "int8"}, "model.dtype must be bfloat16, float16 or float32, got 'int8'"),
     ],
     ids=lambda value: next(iter(value.items())) if isinstance(value, dict) else "",
@@ -708,3 +800,19 @@ def test_a_whole_job_runs_from_the_command_line(checkpoint, tmp_path, capsys):
     assert record["speedup_attention"] > 0
     assert (tmp_path / "run" / "000_side_by_side.png").exists()
     assert (tmp_path / "run" / "diagnostics.json").exists()
+
+
+def test_a_job_with_random_weights_writes_latencies_and_says_why_no_quality(tmp_path, capsys):
+    from draftbench.cli import main
+
+    sizes = "{num_layers: 1, num_attention_heads: 2, attention_head_dim: 12, ffn_dim: 32, text_dim: 16}"
+    given = ["model=wan21_1_3b", "model.weights=random", f"++model.architecture={sizes}", "method=draft"]
+    size = ["model.frames=9", "model.height=48", "model.width=64", "model.steps=3", "model.dtype=float32"]
+    rest = ["sparsity=0.5", "model.geometry.region=[2,2]", "device=cpu", "diagnostics=true", "tracking=disabled"]
+    assert main([*given, *size, *rest, f"cache={tmp_path / 'cache'}", f"hydra.run.dir={tmp_path / 'run'}"]) == 0
+    record = records.read(tmp_path / "run" / "record.json")
+    assert record["status"] == "ok" and record["no_quality"] == "model.weights=random: for latency only"
+    assert all(record[name] is None for name in ("psnr_db", "ssim", "lpips")) and "frames_sha256" not in record
+    assert record["speedup_attention"] > 0 and abs(record["sparsity_achieved"] - 0.5) < 0.1
+    assert {path.suffix for path in (tmp_path / "run").glob("*.*")} <= {".json", ".log"}
+    assert "no quality, videos or diagnostics: model.weights=random" in capsys.readouterr().err
