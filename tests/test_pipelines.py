@@ -515,6 +515,29 @@ def test_random_weights_need_no_checkpoint_and_make_no_frames(family, tmp_path, 
     assert {weight.dtype for weight in networks(model)[0].parameters()} <= {torch.bfloat16, torch.float32}
 
 
+SIZES = {  # billions of parameters, as their authors have them, and the token grid at the config's size
+    "hunyuan_video": (12.8, (33, 48, 80)), "hunyuan_video_15": (8.3, (31, 45, 80)), "wan21_1_3b": (1.42, (21, 30, 52)),
+    "wan21_14b": (14.3, (21, 48, 80)), "wan22_a14b": (14.3, (21, 45, 80)), "cogvideox_2b": (1.69, (13, 30, 45)),
+    "cogvideox_5b": (5.57, (13, 30, 45)), "cogvideox_15": (5.57, (11, 48, 85)), "mochi": (10.0, (28, 30, 53)),
+    "ltx": (1.92, (21, 15, 22)),
+}  # fmt: skip
+
+
+def test_every_config_has_a_size():
+    assert set(SIZES) == {path.stem for path in (CONF / "model").glob("*.yaml")} - {"pocket", "pocket_large"}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_random_weights_have_the_true_size(name):
+    import diffusers
+
+    model = schema.model(configured(name, weights="random"))
+    with torch.device("meta"):
+        network = getattr(diffusers, model.hook.transformer)(**model.architecture)
+    count = sum(weight.numel() for weight in network.parameters())
+    assert count / 1e9 == pytest.approx(SIZES[name][0], rel=0.01) and model.grid == SIZES[name][1]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_configs_have_the_constructors_keys(family):
     config = OmegaConf.to_container(configured(family).model, resolve=True)
@@ -741,6 +764,7 @@ def test_hugging_face_cache(checkpoint, tmp_path, monkeypatch):
         ({"true_cfg": 0.5}, r"model.true_cfg must be at least 1 \(1 is off\), got 0.5"),
         ({"offload": "model"}, "model.offload=model needs a GPU to run on, got device=cpu"),
         ({"offload": "disk"}, "model.offload must be none, model or sequential, got 'disk'"),
+        ({"compile": True, "offload": "model"}, "model.offload=model needs a GPU to run on, got device=cpu"),
         ({"weights": "ones"}, "model.weights must be null or random, got 'ones'"),
         ({"weights": "random", "text_tokens": 0}, "model.text_tokens must be a positive integer, got 0"),
         ({"dtype": "int8"}, "model.dtype must be bfloat16, float16 or float32, got 'int8'"),

@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor
 
 from .hook import Hook, Processor, in_patches
-from .mochi import masked_text
 from .pipeline import Pipeline
 
 
@@ -85,4 +84,4 @@ class LTX(Pipeline):
 
     def random_text(self, clips: int, config: Any) -> dict[str, Any]:
         """See `Pipeline.random_text`."""
-        return masked_text(self, clips, 128, config.caption_channels)
+        return self.masked_text(clips, 128, config.caption_channels)

@@ -86,13 +86,4 @@ class Mochi(Pipeline):
 
     def random_text(self, clips: int, config: Any) -> dict[str, Any]:
         """See `Pipeline.random_text`."""
-        return masked_text(self, clips, 256, config.text_embed_dim)
-
-
-def masked_text(model: Pipeline, clips: int, places: int, width: int) -> dict[str, Any]:
-    """Random embeddings and masks of both branches, as the pipelines of Mochi and LTX take them."""
-    text: dict[str, Any] = {}
-    for seed, side in enumerate(("", "negative_")):
-        text[f"{side}prompt_embeds"] = model.random(clips, places, width, seed=seed)
-        text[f"{side}prompt_attention_mask"] = model.real(clips, places).bool()
-    return text
+        return self.masked_text(clips, 256, config.text_embed_dim)

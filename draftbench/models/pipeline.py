@@ -85,6 +85,8 @@ class Pipeline:
             raise ValueError(f"model.offload={self.offload} needs a GPU to run on, got device=cpu")
         if self.offload == "sequential" and self.compile:
             raise ValueError("model.offload=sequential moves weights within blocks, so it needs model.compile=false")
+        if self.offload != "none" and self.weights == "random":
+            raise ValueError(f"model.offload={self.offload} has nothing to move with model.weights=random")
         if self.weights is None:
             self.folder = checkpoint.find(self.path, self.hub_id, self.revision, self.hook.pipeline)
         self.grid = self.token_grid()
@@ -277,6 +279,14 @@ class Pipeline:
         if self.text_tokens > length:
             raise ValueError(f"model.text_tokens must be at most {length}, got {self.text_tokens}")
         return (torch.arange(length, device=self.device) < self.text_tokens).long().expand(clips, -1)
+
+    def masked_text(self, clips: int, places: int, width: int) -> dict[str, Any]:
+        """Random embeddings and masks of both branches, by the names that most pipelines have for them."""
+        text: dict[str, Any] = {}
+        for seed, side in enumerate(("", "negative_")):
+            text[f"{side}prompt_embeds"] = self.random(clips, places, width, seed=seed)
+            text[f"{side}prompt_attention_mask"] = self.real(clips, places).bool()
+        return text
 
     def patched(
         self, session: Session, seeds: tuple[int, ...], last_step: int | None = None
