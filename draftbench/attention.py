@@ -61,7 +61,7 @@ class Executor(Protocol):
 class Meter:
     """Counts (query, key) pairs of each clip on the device, by the lists that the executor read; reading it waits.
 
-    `clips` is their number; a batch that holds both guidance branches (conditional ones first) counts to its clips.
+    `clips` is their number; a batch that holds both guidance branches, one behind the other, counts to its clips.
     """
 
     clips: int = 1
@@ -140,9 +140,10 @@ def count_pairs(plan: Plan, layout: Layout) -> tuple[Tensor, Tensor]:
 class Call:
     """What a method is told of one attention call.
 
-    step counts from 0 of `steps`, from the scheduler; layer and branch ("cond", "uncond" or "both" when the guidance
-    branches are one batch) identify the call; text_lengths is the real text of each item, int64 [B] on the device;
-    seeds has one entry an item. `state` is kept by (layer, branch) and reset for each video.
+    step counts from 0 of `steps`, from the scheduler; layer and branch identify the call: "cond", "uncond" or, when the
+    guidance branches are one batch, "both" (conditional items first) or "both_reversed"; text_lengths is the real text
+    of each item, int64 [B] on the device; seeds has one entry an item. `state` is kept by (layer, branch) and reset for
+    each video.
     """
 
     layout: Layout
@@ -170,7 +171,8 @@ class Call:
 
     def generator(self, item: int, device: torch.device) -> torch.Generator:
         """A generator fixed by the item's seed, the step, the layer and the branch, whatever else is in the batch."""
-        branch = {"cond": 0, "uncond": 1, "both": item >= len(self.seeds) // 2}[self.branch]
+        second = item >= len(self.seeds) // 2
+        branch = {"cond": 0, "uncond": 1, "both": second, "both_reversed": not second}[self.branch]
         key = hashlib.sha256(repr((self.seeds[item], self.step, self.layer, int(branch))).encode()).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(key[:4], "big"))  # a CPU's takes 32 bits
 

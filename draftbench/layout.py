@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -60,7 +60,7 @@ class Box:
     t: int
     h: int
     w: int
-    stacked: bool = False
+    stacked: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if min(self.t, self.h, self.w) < 1:
@@ -86,7 +86,7 @@ class Box:
                 w //= 2
             else:
                 return self
-        return Box(t, h, w, self.stacked) if t * h * w == tokens else self
+        return Box(t, h, w, stacked=self.stacked) if t * h * w == tokens else self
 
 
 @dataclass(frozen=True, eq=False)

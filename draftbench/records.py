@@ -29,6 +29,7 @@ FIELDS = (
 OPTIONAL = (
     "latency", "parts_ms", "quality", "frames_sha256", "dense", "labels", "batch", "model_settings", "executors_run",
     "dense_kernel",
+    "no_quality",  # why psnr_db, ssim, lpips and quality are absent
 )  # fmt: skip
 # Records of kind "attention" (draftbench.bench) have these instead: one contestant on one shape, mask and sparsity.
 ATTENTION = (

@@ -32,6 +32,7 @@ from .methods.dense import Dense
 from .metrics.lpips import lpips
 from .metrics.psnr import psnr_db
 from .metrics.ssim import ssim
+from .models import hook
 from .parts import collect
 from .tracking import Tracker
 
@@ -87,7 +88,7 @@ class Job:
         self.parts = DenseParts(config.dense.steps, config.dense.timestep, config.dense.layers)
         self.environment = describe(self.model.device)
         self.source = _source(*_classes(self.method), kernels, metrics)
-        self.model_source = _source(type(self.model), attention, layout, dense_kernel)
+        self.model_source = _source(type(self.model), attention, layout, dense_kernel, hook)
         cache = Path(config.cache).expanduser()
         self.frames, self.index = FrameCache(cache / "frames"), records.Index(cache / "cells")
         self.memo: dict[tuple[str, Request], list[Clip]] = {}
@@ -97,6 +98,8 @@ class Job:
         self.told = False  # that the method never ran
         self.baseline: dict[str, Any] | None = None  # the dense timing of this process, as a record
         self.request = Request((config.prompts[0],), (int(config.seeds[0]),), self.model.steps)
+        # Of random weights there are latencies and densities, and no frames to compare.
+        self.no_quality: str | None = getattr(self.model, "no_quality", None)
 
     def run(self) -> list[dict[str, Any]]:
         """Skip what is finished, time the first clip, then generate and measure batch by batch."""
@@ -126,11 +129,13 @@ class Job:
                         _keep("a cell will be run again", partial(self.index.add, row, path))
                     rows.append((number, row))
                     bar.update()
-                if self.config.videos:  # after the records, so that a full disk loses none
+                if self.config.videos and not self.no_quality:  # after the records, so that a full disk loses none
                     for (number, cell), (clip, dense) in zip(batch, clips, strict=False):
                         self.show(number, cell, clip.frames, dense)
-        if self.config.diagnostics and self.method.sparse and waiting:
+        if self.config.diagnostics and self.method.sparse and waiting and not self.no_quality:
             self.diagnose()
+        if self.no_quality:
+            print(f"draftbench: no quality, videos or diagnostics: {self.no_quality}", file=sys.stderr)
         return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
 
     def prepare(self) -> None:
@@ -229,16 +234,16 @@ class Job:
         request = Request(prompts, seeds, self.model.steps)
         changed = self.method.request(request)
         try:
-            reference = self.reference(request)
+            reference = [] if self.no_quality else self.reference(request)
             if self.cuda:
                 torch.cuda.reset_peak_memory_stats()
             made = self.clips(self.method, changed)
             peak = torch.cuda.max_memory_allocated() / 2**30 if self.cuda else None
             rows = []
-            for (_, cell), clip, dense in zip(batch, made, reference, strict=True):
-                values = self.measured(clip, dense, cell[0])
+            for i, ((_, cell), clip) in enumerate(zip(batch, made, strict=True)):
+                values = self.counted(clip) if self.no_quality else self.measured(clip, reference[i], cell[0])
                 rows.append(self.record(cell, steps=changed.steps, peak_memory_gib=peak, **values))
-            return rows, list(zip(made, reference, strict=True))
+            return rows, list(zip(made, reference, strict=False))
         except (RuntimeError, ValueError) as error:  # out of memory, or a plan that the executor refuses
             if self.config.debug:
                 raise
@@ -254,8 +259,13 @@ class Job:
         quality = getattr(self.model, "quality", None)
         if quality is not None:
             values["quality"] = {"method": quality(clip.frames, prompt), "dense": quality(dense, prompt)}
-        values |= {"sparsity_achieved": clip.sparsity, "density_effective": clip.density}
-        return values | {"fallback_rows": clip.fallback_rows, "frames_sha256": digest(clip.frames)}
+        return values | self.counted(clip) | {"frames_sha256": digest(clip.frames)}
+
+    def counted(self, clip: Clip) -> dict[str, Any]:
+        """The counted densities of a clip; why nothing else is known of it, where that is so."""
+        values = {"sparsity_achieved": clip.sparsity, "density_effective": clip.density}
+        why = {"no_quality": self.no_quality} if self.no_quality else {}
+        return values | {"fallback_rows": clip.fallback_rows} | why
 
     def record(self, cell: Cell, status: str = "ok", **values: Any) -> dict[str, Any]:
         """A record of this job's cell."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .prompts import expand
 from .tracking import Mode
 
 if TYPE_CHECKING:
@@ -124,12 +125,13 @@ _EMPTY = ("metrics",)  # may be empty
 def check(config: DictConfig) -> None:
     """Raise ValueError for the first thing in a job's config that is not allowed.
 
-    In `config` itself, a prompt, seed or metric where a list is asked for becomes a list of one, and an integer where
-    a number is asked for a float, so that one setting is always written in one way.
+    In `config` itself, a prompt, seed or metric where a list is asked for becomes a list of one (a suite's name or a
+    CSV column its prompts), and an integer where a number is asked for a float, so that one setting is always written
+    in one way.
     """
     for name in _LISTS:
         if name in config and not isinstance(item := _value(config, name), list | None):
-            config[name] = [item]
+            config[name] = expand(item) if name == "prompts" and isinstance(item, str) else [item]
     _fields(config, Config, "")
     if config.executor != "auto":
         from .kernels import NAMES  # imports torch

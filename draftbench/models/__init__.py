@@ -15,6 +15,7 @@ class Model(Protocol):
 
     name: as in conf/model; weights_hash: SHA-256 of the weights, hexadecimal; device: where it runs; grid: the token
     grid (T, H, W); steps: the sampler's steps if a request names none; fps: frames a second of the written videos.
+    One whose clips can't be judged says why as `no_quality`; its clips have no frames.
     """
 
     name: str

@@ -1,0 +1,68 @@
+"""`draftbench.accelerate`: sparse attention in a diffusers pipeline of one's own, through the adapters' hook."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from draftbench.kernels import dense as dense_kernel
+from draftbench.kernels import resolve, run
+
+from ..attention import DenseParts, Method, Session
+from .hook import Hook
+
+# The class of a pipeline, and where its hook is; named here so that no family is imported for another.
+HOOKS = {
+    "CogVideoXPipeline": "cogvideox.CogVideoXHook",
+    "HunyuanVideoPipeline": "hunyuan_video.HunyuanVideoHook",
+    "HunyuanVideo15Pipeline": "hunyuan_video_15.HunyuanVideo15Hook",
+    "LTXPipeline": "ltx.LTXHook",
+    "MochiPipeline": "mochi.MochiHook",
+    "WanPipeline": "wan.WanHook",
+}
+
+
+@contextmanager
+def accelerate(
+    pipe: Any, method: str | Method = "draft", sparsity: float = 0.9, dense: DenseParts | None = None,
+    executor: str = "auto",
+) -> Iterator[Session]:  # fmt: skip
+    """Inside, every call of a diffusers pipeline runs its self-attention sparsely; afterwards it is as it was.
+
+    pipe: one of `HOOKS`, at any size that it takes. method: a name in methods/ with its default settings at `sparsity`,
+    or a method made with its own. dense: the steps and layers that stay dense, by default the first quarter of the
+    steps. executor: as in conf/config.yaml. Gives the session, whose `meter` has the sparsity of the last call.
+    Raises ValueError, naming what is allowed, for another pipeline, one on several devices, or a wrong argument;
+    RuntimeError for an executor that can't run here.
+    """
+    name = type(pipe).__name__
+    if name not in HOOKS:
+        raise ValueError(f"pipe must be one of {', '.join(HOOKS)}, got {name}")
+    module, _, kind = HOOKS[name].partition(".")
+    hook: type[Hook] = getattr(importlib.import_module(f".{module}", __package__), kind)
+    chosen = made(method, sparsity) if isinstance(method, str) else method
+    if type(chosen).request is not Method.request:
+        raise ValueError(f"method={type(chosen).__name__} changes seeds or steps, which are not the hook's to change")
+    plans = run(resolve(executor, pipe._execution_device))
+    session = Session(chosen, plans, dense_kernel.run, dense or DenseParts())
+    with hook(pipe, session).patched():
+        yield session
+
+
+def made(name: str, sparsity: float) -> Method:
+    """A method by the name of its file in methods/; ValueError with the known ones for another."""
+    methods = importlib.import_module("draftbench.methods")
+
+    known = sorted(path.stem for path in Path(methods.__path__[0]).glob("*.py") if path.stem != "__init__")
+    if name not in known:
+        raise ValueError(f"method must be one of {', '.join(known)}, got {name!r}")
+    module = importlib.import_module(f"{methods.__name__}.{name}")
+    (kind,) = (
+        kind for kind in vars(module).values()
+        if isinstance(kind, type) and issubclass(kind, Method) and kind.__module__ == module.__name__
+    )  # fmt: skip
+    result: Method = kind(sparsity=sparsity)
+    return result

@@ -1,0 +1,53 @@
+"""Prompts from a suite, a CSV column or as they are."""
+
+import pytest
+from hydra import compose, initialize_config_module
+
+from draftbench import schema
+from draftbench.prompts import SUITES, expand, suites
+
+
+def test_every_suite_is_a_list_of_distinct_texts():
+    assert suites() == sorted(path.stem for path in SUITES.iterdir())  # no file of another kind
+    for name in suites():
+        prompts = expand(name)
+        assert len(set(prompts)) == len(prompts) > 1
+        assert all(prompt == prompt.strip() and not prompt.startswith("#") for prompt in prompts)
+    assert len(expand("dozen")) == 12
+
+
+def test_a_csv_column(tmp_path):
+    path = tmp_path / "some.csv"
+    path.write_text('\ufeffid,text\n1,"a cat, wet"\n2,\n3, a dog \n', encoding="utf-8")
+    assert expand(f"{path}:text") == ["a cat, wet", "a dog"]
+    assert expand(f"{path}:id") == ["1", "2", "3"]
+    with pytest.raises(ValueError, match=r"some\.csv has no column 'name'; it has id, text"):
+        expand(f"{path}:name")
+    with pytest.raises(ValueError, match=r"prompts: cannot read .*none.csv: No such file"):
+        expand(f"{tmp_path / 'none.csv'}:text")
+
+
+@pytest.mark.parametrize("text", ["a cat", "dozens", "look: a cat", "a.csv", "../suites/dozen"])
+def test_any_other_text_is_a_prompt(text):
+    assert expand(text) == [text]
+
+
+def test_configs_take_all_three(tmp_path):
+    path = tmp_path / "some.csv"
+    path.write_text("text\na cat\n")
+
+    def prompts(value):
+        with initialize_config_module("draftbench.conf", version_base="1.3"):
+            config = compose("config", [f"prompts={value}"])
+        schema.check(config)
+        return list(config.prompts)
+
+    assert prompts("dozen") == expand("dozen")
+    assert prompts(f"'{path}:text'") == ["a cat"]
+    assert prompts("[dozen,a cat]") == ["dozen", "a cat"]  # lines of one's own are taken as they are
+    path.write_text("text\na cat\na cat\n")
+    with pytest.raises(ValueError, match=r"prompts must be .* got 'a cat' twice"):
+        prompts(f"'{path}:text'")
+    path.write_text("text\n")
+    with pytest.raises(ValueError, match=r"prompts must be a non-empty list .* got \[\]"):
+        prompts(f"'{path}:text'")
