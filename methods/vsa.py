@@ -20,7 +20,10 @@ from ..layout import Box
 
 @dataclass
 class VSA(Method):
-    """cube: (t, h, w) tokens of a tile. Each query tile keeps max(1, ceil((1 - sparsity) n)) of n tiles: up to one more than asked."""
+    """cube: (t, h, w) tokens of a tile.
+
+    Each query tile keeps max(1, ceil((1 - sparsity) n)) of n tiles, which may be almost one more than asked.
+    """
 
     cube: tuple[int, int, int] = (4, 4, 4)
 
