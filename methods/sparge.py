@@ -60,4 +60,4 @@ class Sparge(Knobbed):
             scores = (low_q @ low_k.mT * q.shape[-1] ** -0.5).masked_fill(odd_k[:, :, None], -torch.inf)
             weights = scores.softmax(-1).nan_to_num(0)  # no key block is alike: all are kept below
         mask = keep_share(weights, self.value, crossing=False) | odd_k[:, :, None] | odd_q[..., None]
-        return cut_plan(mask, *cuts, call)
+        return cut_plan(mask, cuts[0], cuts[1], call)
