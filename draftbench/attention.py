@@ -11,13 +11,16 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from .layout import Identity, Layout, Order
 from .parts import part
+
+if TYPE_CHECKING:
+    from .models import Model
 
 
 @dataclass
@@ -219,13 +222,12 @@ class Method:
         """The sparsity that its records stand at: what was asked for, and 0 for a control that no sparsity changes."""
         return self.sparsity
 
-    def on(self, grid: tuple[int, int, int]) -> Method:
-        """The method with what it leaves to a model's token grid (T, H, W) decided, as records state it."""
-        return self
-
     def request(self, request: Request) -> Request:
         """What to generate in place of `request`; only controls of the dense run change it (seeds, steps)."""
         return request
+
+    def meet(self, model: Model, parts: DenseParts) -> None:
+        """Called once before a job, with what it will run on; raises ValueError for what it has no setting for."""
 
     def prepare(self, seconds: Callable[[Method], float]) -> None:
         """Called once before a job; `seconds` times a whole generation of its first clip under a method."""

@@ -214,11 +214,13 @@ def _place(configs: list[DictConfig], sweep: bool) -> Jobs:
 
 
 def _check_models(configs: list[DictConfig]) -> None:
-    """`schema.check_job` once for each set of what it looks at."""
+    """`schema.check_job` once for each set of what it looks at; then each job's method meets its model."""
     keys = ["model", "prompts", "device", "executor", "metrics", "lpips_net"]
     distinct = {OmegaConf.to_yaml(OmegaConf.masked_copy(config, keys), resolve=True): config for config in configs}
-    for config in distinct.values():
-        schema.check_job(config)
+    models = {key: schema.check_job(config) for key, config in distinct.items()}
+    for config in configs:
+        key = OmegaConf.to_yaml(OmegaConf.masked_copy(config, keys), resolve=True)
+        schema.method(config).meet(models[key], schema.parts(config))
 
 
 def _claim(jobs: Jobs) -> None:

@@ -79,13 +79,13 @@ class Job:
 
     def __init__(self, config: DictConfig, folder: Path):
         self.config, self.folder = config, folder
-        self.model = schema.check_job(config)
-        self.method = schema.method(config).on(self.model.grid)
+        self.model, self.parts = schema.check_job(config), schema.parts(config)
+        self.method = schema.method(config)
+        self.method.meet(self.model, self.parts)
         self.cuda = self.model.device.type == "cuda"
         self.name, self.settings = _file(type(self.method)).stem, _plain(self.method)  # before it measures any
         self.executor_name = kernels.resolve(config.executor, self.model.device)
         self.executor = kernels.run(self.executor_name)
-        self.parts = DenseParts(config.dense.steps, config.dense.timestep, config.dense.layers)
         self.environment = describe(self.model.device)
         self.source = _source(*_classes(self.method), kernels, metrics)
         self.model_source = _source(type(self.model), attention, layout, dense_kernel, hook)

@@ -21,7 +21,7 @@ from .prompts import expand
 from .tracking import Mode
 
 if TYPE_CHECKING:
-    from .attention import Method
+    from .attention import DenseParts, Method
     from .models import Model
 
 # A hint is Annotated[type, what is allowed in words, test of a value of that type (for a list, of each item)].
@@ -196,6 +196,13 @@ def method(config: DictConfig) -> Method:
         _judge(f"method.{name}", _value(config.method, name, "method."), hints[name])
     result: Method = _instantiate(config.method, "method")
     return result
+
+
+def parts(config: DictConfig) -> DenseParts:
+    """What stays dense under a config."""
+    from .attention import DenseParts
+
+    return DenseParts(config.dense.steps, config.dense.timestep, config.dense.layers)
 
 
 def unknown(given: str, known: Iterable[str], shown: Iterable[str] | None = None) -> ValueError:

@@ -97,24 +97,25 @@ def lists(scores: Tensor, cuts: Tensor, text: int) -> tuple[Tensor, Tensor, Tens
     scores [B, H, n, n] and cuts as in `select`. Video rows keep their blocks and then all text, and a row that keeps no
     block of the video its best one, counted in fallbacks; text rows keep everything.
     """
-    return _list_rows(scores, cuts, text)
+    return _list_rows(scores, cuts, text, text)
 
 
-def mask_lists(mask: Tensor, text: int) -> tuple[Tensor, Tensor]:
-    """As `lists`, of a bool mask [B, H, n, n]; rows that keep nothing stay so."""
-    return _list_rows(mask.view(torch.uint8), None, text)[:2]
+def mask_lists(mask: Tensor, text: int, key_text: int) -> tuple[Tensor, Tensor]:
+    """As `lists`, of a bool mask [B, H, n, m]; rows that keep nothing stay so. `key_text`: columns of text."""
+    return _list_rows(mask.contiguous().view(torch.uint8), None, text, key_text)[:2]
 
 
-def _list_rows(kept: Tensor, cuts: Tensor | None, text: int) -> tuple[Tensor, Tensor, Tensor]:
-    batch, heads, n, _ = kept.shape
-    kept, rows = kept.contiguous(), n + text
+def _list_rows(kept: Tensor, cuts: Tensor | None, text: int, key_text: int) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, n, m = kept.shape
+    kept, rows, columns = kept.contiguous(), n + text, m + key_text
     counts = torch.empty(batch, heads, rows, dtype=torch.int32, device=kept.device)
-    blocks = torch.empty(batch, heads, rows, rows, dtype=torch.int32, device=kept.device)
+    blocks = torch.empty(batch, heads, rows, columns, dtype=torch.int32, device=kept.device)
     fallbacks = torch.zeros(batch, dtype=torch.int64, device=kept.device)
-    launch = LAUNCH["list"] | {"COLS": min(LAUNCH["list"]["COLS"], triton.next_power_of_2(rows))}
+    launch = LAUNCH["list"] | {"COLS": min(LAUNCH["list"]["COLS"], triton.next_power_of_2(columns))}
     _list[(rows, batch * heads)](
-        kept, counts if cuts is None else cuts, fallbacks, counts, blocks, n, heads, text, MASKED=cuts is None, **launch
-    )
+        kept, counts if cuts is None else cuts, fallbacks, counts, blocks, n, m, heads, columns, MASKED=cuts is None,
+        **launch,
+    )  # fmt: skip
     return counts, blocks, fallbacks
 
 
@@ -267,23 +268,23 @@ def _finish(
 
 
 @triton.jit
-def _list(KEPT, CUTS, FALLBACKS, COUNTS, BLOCKS, n, heads, text, MASKED: tl.constexpr, COLS: tl.constexpr):
+def _list(KEPT, CUTS, FALLBACKS, COUNTS, BLOCKS, n, m, heads, columns, MASKED: tl.constexpr, COLS: tl.constexpr):
     """One row of blocks: the kept columns ascending, then the text's. KEPT: a map of scores, or 0 and 1 if MASKED."""
     row, slot = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    rows = n + text
-    out = BLOCKS + (slot * rows + row) * rows
+    rows = tl.num_programs(0)
+    out = BLOCKS + (slot * rows + row) * columns
     kept = 0
     if row < n:
-        line = KEPT + (slot * n + row) * n
-        for first in range(0, n, COLS):
+        line = KEPT + (slot * n + row) * m
+        for first in range(0, m, COLS):
             cols = first + tl.arange(0, COLS)
-            live = cols < n
+            live = cols < m
             value = tl.load(line + cols, mask=live, other=0)
             if MASKED:
                 keep = live & (value != 0)
             else:
                 bits, least = value.to(tl.int32, bitcast=True), tl.load(CUTS + slot * 2)
-                tie = (bits == least - 1) & (row * n + cols < tl.load(CUTS + slot * 2 + 1))
+                tie = (bits == least - 1) & (row * m + cols < tl.load(CUTS + slot * 2 + 1))
                 keep = live & ((bits >= least) | tie)
             found = keep.to(tl.int32)
             tl.store(out + kept + tl.cumsum(found, 0) - 1, cols, mask=keep)
@@ -291,20 +292,20 @@ def _list(KEPT, CUTS, FALLBACKS, COUNTS, BLOCKS, n, heads, text, MASKED: tl.cons
         if not MASKED:  # noqa: SIM102 (as above)
             if kept == 0:
                 top, best = -1, 0
-                for first in range(0, n, COLS):
+                for first in range(0, m, COLS):
                     cols = first + tl.arange(0, COLS)
-                    bits = tl.load(line + cols, mask=cols < n, other=-1.0).to(tl.int32, bitcast=True)
+                    bits = tl.load(line + cols, mask=cols < m, other=-1.0).to(tl.int32, bitcast=True)
                     here = tl.max(bits)
-                    at = tl.min(tl.where(bits == here, cols, n))
+                    at = tl.min(tl.where(bits == here, cols, m))
                     best = tl.where(here > top, at, best)
                     top = tl.maximum(here, top)
                 tl.store(out, best)
                 tl.atomic_add(FALLBACKS + slot // heads, 1)
                 kept = 1
-        first_dense = n
+        first_dense = m
     else:
         first_dense = 0
-    for first in range(first_dense, rows, COLS):
+    for first in range(first_dense, columns, COLS):
         cols = first + tl.arange(0, COLS)
-        tl.store(out + kept + cols - first_dense, cols, mask=cols < rows)
-    tl.store(COUNTS + slot * rows + row, kept + rows - first_dense)
+        tl.store(out + kept + cols - first_dense, cols, mask=cols < columns)
+    tl.store(COUNTS + slot * rows + row, kept + columns - first_dense)

@@ -7,6 +7,7 @@ here synchronises with the host.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 
 import torch
 from draftbench.kernels.devices import on_device_of, triton_version
@@ -97,19 +98,54 @@ def fill_empty_rows(mask: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
     return mask | (empty & best), empty.sum((1, 2, 3))
 
 
-@part("list")
-def lists(mask: Tensor, text: int = 0) -> tuple[Tensor, Tensor]:
-    """Counts [B, H, m] and block indices [B, H, m, m], kept ones first and ascending, int32.
+@part("select")
+def keep_share(weights: Tensor, share: float, least: int = 1, crossing: bool = True) -> Tensor:
+    """Keep the largest of each row of weights [B, H, n, m], which sum to one, until their sum passes `share`.
 
-    Of a bool mask [B, H, n, n] and `text` blocks behind it that every row and column keeps; m = n + text.
+    The weight that crosses it is kept too if `crossing`; `least` at least are kept, and a share of 1 keeps everything.
     """
+    if share >= 1:
+        return torch.ones_like(weights, dtype=torch.bool)
+    ranked, where = weights.sort(dim=-1, descending=True, stable=True)
+    total = ranked.cumsum(-1)
+    kept = (total - ranked if crossing else total) <= share
+    kept[..., :least] = True
+    return torch.empty_like(kept).scatter_(-1, where, kept)
+
+
+@part("list")
+def lists(mask: Tensor, text: int = 0, key_text: int | None = None) -> tuple[Tensor, Tensor]:
+    """Counts [B, H, n'] and block indices [B, H, n', m'], kept ones first and ascending, int32.
+
+    Of a bool mask [B, H, n, m] and, behind it, `text` blocks of queries and `key_text` (as many, if None) of keys that
+    are all kept; n' = n + text, m' = m + key_text.
+    """
+    key_text = text if key_text is None else key_text
     if fast(mask):
         from draftbench.kernels import draft
 
         with on_device_of(mask):
-            return draft.mask_lists(mask, text)
-    mask = torch.nn.functional.pad(mask, (0, text, 0, text), value=True)
+            return draft.mask_lists(mask, text, key_text)
+    mask = torch.nn.functional.pad(mask, (0, key_text, 0, text), value=True)
     return mask.sum(-1, dtype=torch.int32), (~mask).to(torch.int8).argsort(dim=-1, stable=True).int()
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """How the video's queries or keys are arranged and cut: order, sizes of the blocks as `offsets` takes them, and
+    `block`, the tokens of the largest and of the text's blocks."""
+
+    order: Order
+    sizes: Tensor
+    block: int
+
+
+def cut_plan(mask: Tensor, queries: Cut, keys: Cut, call: Call, fallbacks: Tensor | None = None) -> Plan:
+    """A plan from kept video blocks [B, H, n, m] of queries and keys that are cut each in its way; text stays dense."""
+    starts, ends = (offsets(cut.sizes, call.layout, call.text_lengths, cut.block) for cut in (queries, keys))
+    n, m = mask.shape[-2:]
+    counts, blocks = lists(mask, starts.shape[-1] - 1 - n, ends.shape[-1] - 1 - m)
+    return Plan(starts, ends, counts, blocks, queries.block, keys.block, queries.order, keys.order, fallbacks)
 
 
 def plan_from_mask(
@@ -117,9 +153,8 @@ def plan_from_mask(
     regular: bool = False,
 ) -> Plan:  # fmt: skip
     """A plan from kept video blocks [B, H, n, n] of `sizes` tokens in `order`; text rows and columns stay dense."""
-    starts = offsets(sizes, call.layout, call.text_lengths, block)
-    counts, blocks = lists(mask, starts.shape[-1] - 1 - mask.shape[-1])
-    return Plan(starts, starts, counts, blocks, block, block, order, order, fallbacks, regular)
+    cut = Cut(order, sizes, block)
+    return replace(cut_plan(mask, cut, cut, call, fallbacks), regular=regular)
 
 
 def threshold_plan(scores: Tensor, sparsity: float, box: Box, call: Call) -> Plan:

@@ -10,12 +10,13 @@ in 33 frames are then 930 regions instead of 990, and only the last of them are 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..attention import Call, Method, Plan
+from ..attention import Call, DenseParts, Method, Plan
 from ..kernels.select import (
     box_plan,
     draft_map,
@@ -26,6 +27,9 @@ from ..kernels.select import (
     threshold_plan,
 )
 from ..layout import Box
+
+if TYPE_CHECKING:
+    from ..models import Model
 
 
 @dataclass
@@ -58,9 +62,9 @@ class Draft(Method):
             return stacked if math.prod(stacked.counts(grid)) < math.prod(apart.counts(grid)) else apart
         return stacked if self.stacked else apart
 
-    def on(self, grid: tuple[int, int, int]) -> Draft:
-        """See `Method.on`."""
-        return replace(self, stacked=self.box(grid).stacked)
+    def meet(self, model: Model, parts: DenseParts) -> None:
+        """See `Method.meet`: what the grid decides is decided here, so that records state it."""
+        self.stacked = self.box(model.grid).stacked
 
     def scores(self, q: Tensor, k: Tensor, call: Call) -> Tensor:
         """The draft map [B, H, regions, regions], rows summing to one."""

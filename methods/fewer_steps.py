@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from draftbench.methods.dense import Dense
 
-from ..attention import Method, Request
+from ..attention import DenseParts, Method, Request
+from ..models import Model
 
 
 @dataclass
@@ -27,6 +28,11 @@ class FewerSteps(Dense):
         """See `Method.target`: the sparsity of the method whose time it takes."""
         assert self.like is not None
         return self.like.sparsity
+
+    def meet(self, model: Model, parts: DenseParts) -> None:
+        """See `Method.meet`: for the method whose time it takes."""
+        assert self.like is not None
+        self.like.meet(model, parts)
 
     def prepare(self, seconds: Callable[[Method], float]) -> None:
         """See `Method.prepare`."""

@@ -19,6 +19,11 @@ from draftbench.models.pocket.train import save
 LAYERS = 2
 
 
+def pytest_addoption(parser):
+    """A folder with clones of official repositories, as tests/test_field.py names them."""
+    parser.addoption("--official", help="folder with clones of the methods' official repositories")
+
+
 def pairwise(axes):
     """Few rows, as tuples, that hold every pair of values of two axes; axes: {name: values}."""
     draw = random.Random(0)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -51,7 +52,7 @@ def jobs(monkeypatch, tmp_path):
     fake.job = spy
     monkeypatch.setitem(sys.modules, "draftbench.run", fake)
     monkeypatch.setattr(draftbench, "run", fake, raising=False)
-    monkeypatch.setattr(schema, "check_job", lambda config: None)
+    monkeypatch.setattr(schema, "check_job", lambda config: SimpleNamespace(grid=(8, 16, 24)))
     return seen
 
 
@@ -233,7 +234,12 @@ def test_the_traceback_comes_when_asked_for(jobs, capsys):
 
 def test_a_model_is_asked_once_for_each_config_of_its_own(jobs, capsys, monkeypatch):
     asked = []
-    monkeypatch.setattr(schema, "check_job", lambda config: asked.append((config.model.name, *config.prompts)))
+
+    def note(config):
+        asked.append((config.model.name, *config.prompts))
+        return SimpleNamespace(grid=(8, 16, 24))
+
+    monkeypatch.setattr(schema, "check_job", note)
     argv = ["-m", "method=dense,draft", "prompts=turn left,walk forward", "tracking=disabled"]
     assert cli.main(argv) == 0
     assert sorted(asked) == [("pocket", "turn left"), ("pocket", "walk forward")]

@@ -161,10 +161,10 @@ def test_every_option_gives_the_references_plan(knobs, monkeypatch):
 
 def test_rows_of_a_mask():
     torch.manual_seed(0)
-    mask = torch.rand(1, 2, 40, 40, device=DEVICE) < 0.2
+    mask = torch.rand(1, 2, 40, 51, device=DEVICE) < 0.2
     mask[:, :, 3] = False
-    counts, blocks = draft.mask_lists(mask.expand(2, -1, -1, -1), 2)
-    expected = select.lists(mask.expand(2, -1, -1, -1), 2)
+    counts, blocks = draft.mask_lists(mask.expand(2, -1, -1, -1), 2, 3)
+    expected = select.lists(mask.expand(2, -1, -1, -1), 2, 3)
     assert torch.equal(counts, expected[0]) and torch.equal(kept(counts, blocks), kept(*expected))
 
 

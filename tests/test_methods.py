@@ -1,5 +1,6 @@
 """Properties every method has, found by globbing conf/method."""
 
+import functools
 import importlib
 from dataclasses import replace
 from pathlib import Path
@@ -12,25 +13,51 @@ from draftbench.kernels import dense, run
 from draftbench.kernels.mass import attention_mass
 from draftbench.methods import sta
 
+from draftbench import calibrate
 from draftbench.attention import DenseParts, Meter, Method, Request, Session, count_pairs
+from draftbench.knob import Knobbed
 from draftbench.layout import Box, Layout, box_order, box_sizes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CPU = torch.device("cpu")
-KNOBS = {"region": (4, 8), "tile": (2, 4, 4), "block": 32}
+KNOBS = {"region": (4, 8), "tile": (2, 4, 4), "cube": (2, 4, 4), "block": 32, "first": 8}
 FOLDER = Path(__file__).parent.parent / "conf" / "method"
 METHODS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(FOLDER.glob("*.yaml"))}
 CONTROLS = {"dense", "other_seed", "fewer_steps", "other_kernel"}  # of the dense run: they drop nothing
 SPARSE = [name for name in METHODS if name not in CONTROLS]
+KNOBBED = {name for name, config in METHODS.items() if "calibration" in config}
+FLOORED = {"jenga": 0.6}  # the neighbours alone are denser than what is asked beyond this, at these small grids
+COARSE = {"sta": 0.03, "svg": 0.03}  # windows, and whole diagonals, of few tiles and blocks
 GRIDS = {"even": (8, 16, 24), "ragged": (5, 15, 26), "one_frame": (1, 31, 40)}
 
 
-def build(name, sparsity, config=None):
+def build(name, sparsity, config=None, grid=GRIDS["ragged"]):
+    """A method at small sizes; one with a knob of its own is calibrated on other draws of the same kind."""
     config = config or METHODS[name]
     module, _, kind = config["_target_"].rpartition(".")
     knobs = {key: KNOBS[key] for key in config if key in KNOBS}
     knobs |= {key: build(None, sparsity, value) for key, value in config.items() if isinstance(value, dict)}
-    return getattr(importlib.import_module(module), kind)(sparsity=sparsity, **knobs)
+    method = getattr(importlib.import_module(module), kind)(sparsity=sparsity, **knobs)
+    return method.at(calibrated(name, sparsity, grid)) if isinstance(method, Knobbed) and sparsity else method
+
+
+@functools.cache
+def calibrated(name, sparsity, grid):
+    """The value of a knob on draws that no other test makes, text left out; skips what is out of reach."""
+    method = build(name, 0.0)
+    method.sparsity = sparsity
+
+    def measure(value):
+        return sum(sum(attend(method.at(value), grid, 0, seed)[1].meter.sparsity()) for seed in (101, 102)) / 4
+
+    try:
+        return calibrate.solve(measure, sparsity, method.ends, measured.setdefault((name, grid), {}))[0]
+    except calibrate.OutOfReach as error:
+        assert name in FLOORED and sparsity > FLOORED[name]
+        pytest.skip(str(error))
+
+
+measured = {}
 
 
 def attend(method, grid, text=7, seed=0, executor="cpu", step=5):
@@ -54,15 +81,19 @@ def test_sparsity_zero_is_dense(name, grid):
     assert session.meter.density() == [1, 1]
 
 
-@pytest.mark.parametrize("sparsity", [0.5, 0.75, 0.9])
+@pytest.mark.parametrize("sparsity", [0.5, 0.75, 0.9, 0.95])
 @pytest.mark.parametrize("grid", [GRIDS["even"], GRIDS["ragged"]], ids=["even", "ragged"])
 @pytest.mark.parametrize("name", SPARSE)
 def test_achieved_sparsity_is_near(name, grid, sparsity):
-    out, session, _ = attend(build(name, sparsity), grid)
+    out, session, _ = attend(build(name, sparsity, grid=grid), grid)
     assert out.isfinite().all()
+    bound = 0.01 if sparsity > 0.9 else 0.02
     # random takes draft's row counts, and draws of unequal blocks do not hold the same pairs as draft's
-    bound = 0.06 if name == "random" and layout_is_ragged(grid) else 0.03
-    assert all(abs(achieved - sparsity) < bound for achieved in session.meter.sparsity())
+    bound = 0.06 if name == "random" and layout_is_ragged(grid) else COARSE.get(name, bound)
+    achieved = session.meter.sparsity()
+    if name in KNOBBED:  # one value for all calls holds on average
+        achieved = [sum(achieved) / len(achieved)]
+    assert all(abs(x - sparsity) < bound for x in achieved), achieved
 
 
 def layout_is_ragged(grid):
@@ -89,15 +120,22 @@ def test_sparsity_out_of_range(name, sparsity):
         build(name, sparsity)
 
 
+def met(method, grid):
+    """The method once it has met a model of a grid."""
+    method = replace(method)
+    method.meet(SimpleNamespace(grid=grid), DenseParts())
+    return method
+
+
 @pytest.mark.parametrize("name", ["draft", "oracle", "random"])
 def test_regions_run_on_from_frame_to_frame_where_that_makes_fewer(name):
     method = build(name, 0.5)
-    assert [method.on(grid).stacked for grid in GRIDS.values()] == [False, True, False]
+    assert [met(method, grid).stacked for grid in GRIDS.values()] == [False, True, False]
     # Of 5 frames of 15 rows, 75 rows in regions of 4: the fourth has 3 rows of the first frame and one of the second.
     region = torch.repeat_interleave(torch.arange(19 * 4), box_sizes(method.box(GRIDS["ragged"]), GRIDS["ragged"], CPU))
     frame = box_order(method.box(GRIDS["ragged"]), GRIDS["ragged"], CPU)[region == 3 * 4] // (15 * 26)
     assert frame.tolist() == [0] * 24 + [1] * 8
-    assert replace(method, same_frame=True).on(GRIDS["ragged"]).stacked is False
+    assert met(replace(method, same_frame=True), GRIDS["ragged"]).stacked is False
     with pytest.raises(ValueError, match=r"method.stacked must be false with"):
         replace(method, first_frame_sink=True, stacked=True)
 

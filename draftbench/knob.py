@@ -1,0 +1,128 @@
+"""Methods whose own knob decides how much is kept, and what a sparsity means for them: one global value of that knob.
+
+`python -m draftbench.calibrate` finds the value on prompts and seeds that no table uses and writes it to a file; a run
+reads it there, and its record names the value and where it comes from. Nothing is adjusted call by call.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from omegaconf import OmegaConf
+
+from .attention import DenseParts, Method
+
+if TYPE_CHECKING:
+    from .models import Model
+
+Self = TypeVar("Self", bound="Knobbed")
+Identity = dict[str, Any]
+
+
+@dataclass
+class Knobbed(Method):
+    """A method with a field, named by `knob`, that is null or the original's own knob.
+
+    Null: sparsity asks, and `calibration` (null: the file in conf/calibration) holds the value that meets it on
+    average. A number: it is used as it is, and the method stands at sparsity 0, since none was asked for.
+    """
+
+    calibration: str | None = None
+    calibrated: dict[str, Any] | None = field(default=None, init=False)  # of the file: value, achieved, prompts, seeds
+    knob: ClassVar[str]
+    ends: ClassVar[tuple[float, float]] = (0.0, 1.0)  # the values that keep the least and everything
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given, (least, everything) = getattr(self, self.knob), self.ends
+        if given is not None:
+            if not least <= given <= everything:
+                raise ValueError(f"method.{self.knob} must be in [{least:g}, {everything:g}], got {given}")
+            self.sparsity = 0.0
+
+    @property
+    def asked(self) -> bool:
+        """Whether a sparsity asks for a value of the knob; the original's floors hold only where its knob is given."""
+        return getattr(self, self.knob) is None
+
+    @property
+    def value(self) -> float:
+        """The knob's value; raises ValueError if it is neither given nor calibrated."""
+        given: float | None = getattr(self, self.knob)
+        if given is not None:
+            return given
+        if self.sparsity == 0:
+            return self.ends[1]
+        if self.calibrated is None:
+            raise ValueError(f"method.{self.knob} is null and no calibration has been read (Method.meet)")
+        return float(self.calibrated["value"])
+
+    def at(self: Self, value: float) -> Self:
+        """A copy whose knob a calibration would have set to `value`."""
+        other = copy.copy(self)
+        other.calibrated = {"value": value}
+        return other
+
+    @property
+    def path(self) -> Path:
+        """The file of its calibration."""
+        own = Path(str(files("draftbench.conf"))) / "calibration" / f"{name(self)}.yaml"
+        return Path(self.calibration).expanduser() if self.calibration else own
+
+    def meet(self, model: Model, parts: DenseParts) -> None:
+        """See `Method.meet`: read the value for this model, or raise ValueError that names the command."""
+        if not self.asked or self.sparsity == 0:
+            return
+        what = identity(model, parts)
+        for entry in read(self.path):
+            if entry["of"] == what and entry["method"] == settings(self):
+                for row in entry["rows"]:
+                    if abs(row["sparsity"] - self.sparsity) < 1e-9:
+                        source = {key: entry[key] for key in ("prompts", "seeds")}
+                        self.calibrated = {key: row[key] for key in ("value", "achieved")} | source
+                        return
+        grid = "x".join(map(str, what["grid"]))
+        raise ValueError(
+            f"sparsity={self.sparsity:g} has no calibrated method.{self.knob} for {model.name} at {grid}, "
+            f"{model.steps} steps, with these settings in {self.path}: give method.{self.knob} itself, or first run "
+            f"python -m draftbench.calibrate method={name(self)} sparsity={self.sparsity:g} (and your other overrides)"
+        )
+
+
+def name(method: Method) -> str:
+    """The name of a method: that of its file."""
+    return type(method).__module__.rpartition(".")[2]
+
+
+def settings(method: Knobbed) -> dict[str, Any]:
+    """Its fields but those that a calibration gives or that say where it is."""
+    names = [f.name for f in dataclasses.fields(method) if f.init and f.name not in ("sparsity", "calibration")]
+    values = {key: getattr(method, key) for key in names if key != method.knob}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def identity(model: Model, parts: DenseParts) -> Identity:
+    """What a calibration holds for: the model's weights, grid, steps and settings (but dtype), and what stays dense."""
+    shape = {key: value for key, value in model.settings().items() if key not in ("dtype", "compile")}
+    return {
+        "model": model.name, "weights_hash": model.weights_hash, "grid": list(model.grid), "steps": model.steps,
+        "settings": shape, "dense": dataclasses.asdict(parts),
+    }  # fmt: skip
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The entries of a calibration file, none if there is no file; ValueError for one that cannot be read."""
+    if not path.is_file():
+        return []
+    try:
+        found: Any = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:
+        raise ValueError(f"{path} is not a calibration file: {str(error).splitlines()[0]}") from error
+    if not isinstance(found, list) or not all({"of", "method", "rows"} <= set(entry) for entry in found):
+        raise ValueError(f"{path} is not a calibration file: it must be a list of entries with of, method and rows")
+    return found

@@ -1,0 +1,109 @@
+"""Sparse VideoGen 2 (Yang et al., 2025, arXiv 2505.18875; github.com/svg-project/Sparse-VideoGen).
+
+Queries and keys are clustered per head by k-means (random tokens to begin with and 50 rounds at the first call of a
+layer, then 2 rounds from the centroids of its last one), and lie cluster by cluster. For each query cluster, key
+clusters are kept by the weights |K_j| exp(q . k_j / sqrt(D)) of their centroids until their sum passes top_p, a tenth
+of them at least. Text stays dense.
+Deviations: a cluster of more than `block` tokens is cut into blocks of that size, which are kept together, for the
+executors' sake; a batch clusters all its items; rounds do not stop early where the centroids have come to rest (that
+would wait for the device). The paper's 400 and 1000 clusters are those of 126,720 tokens: null scales them.
+
+Its knob is top_p, .9 in the paper; `sparsity` means one calibrated top_p, and then one cluster is the floor, since a
+tenth would forbid 90%.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..attention import Call, Plan
+from ..kernels.kmeans import kmeans
+from ..kernels.select import Cut, cut_plan, keep_share
+from ..knob import Knobbed
+from ..layout import Index
+from ..parts import part
+
+
+@dataclass
+class SVG2(Knobbed):
+    """top_p: the original's knob; floor: share of the key clusters kept at least beside a given top_p.
+
+    q_clusters, k_clusters: their numbers, null for one to 2.5 and to 1 block of tokens; first, next: rounds of k-means.
+    """
+
+    top_p: float | None = None
+    floor: float = 0.1
+    q_clusters: int | None = None
+    k_clusters: int | None = None
+    first: int = 50
+    next: int = 2
+    block: int = 128
+    knob: ClassVar[str] = "top_p"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("first", "next", "block"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"method.{key} must be at least 1, got {getattr(self, key)}")
+        for key in ("q_clusters", "k_clusters"):
+            if (getattr(self, key) or 1) < 1:
+                raise ValueError(f"method.{key} must be null or at least 1, got {getattr(self, key)}")
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"method.floor must be in [0, 1], got {self.floor}")
+
+    def plan(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Plan:
+        """See `Method.plan`; the centroids are kept in the call's state."""
+        labels, centroids, sizes = zip(*(self.cluster(x, name, call) for x, name in ((q, "q"), (k, "k"))), strict=True)
+        with part("score"):
+            scores = centroids[0] @ centroids[1].mT * q.shape[-1] ** -0.5 + sizes[1][:, :, None].log()
+            weights = scores.softmax(-1)  # of an empty cluster 0
+        least = 1 if self.asked else max(1, int(self.floor * weights.shape[-1]))
+        mask = keep_share(weights, self.value, least)
+        with part("list"):
+            queries, q_owner = self.cut(labels[0], sizes[0])
+            keys, k_owner = self.cut(labels[1], sizes[1])
+            n, m = q_owner.shape[-1], k_owner.shape[-1]
+            kept = mask.gather(2, q_owner[..., None].expand(-1, -1, -1, mask.shape[-1]))
+            kept = kept.gather(3, k_owner[:, :, None].expand(-1, -1, n, m)) & (keys.sizes > 0)[:, :, None]
+        return cut_plan(kept, queries, keys, call)
+
+    def cluster(self, x: Tensor, name: str, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        """(Cluster of each video token [B, H, video], centroids [B, H, C, D], sizes [B, H, C]) of x [B, S, H, D]."""
+        video = call.layout.video
+        x = x[:, :video].transpose(1, 2)
+        given, share = (self.q_clusters, 2.5) if name == "q" else (self.k_clusters, 1)
+        count = min(video, given or max(1, round(video / (share * self.block))))
+        centroids = call.state.get(name)
+        rounds = self.next if centroids is not None else self.first
+        if centroids is None:
+            draws = [self.draw(x[item], count, call.generator(item, x.device)) for item in range(len(x))]
+            centroids = torch.stack(draws)
+        with part("pool"):
+            labels, centroids, sizes = kmeans(x, centroids, rounds)
+        call.state[name] = centroids
+        return labels, centroids, sizes
+
+    @staticmethod
+    def draw(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        """Tokens drawn at random, float32 [H, count, D], of x [H, S, D]."""
+        where = torch.randint(x.shape[1], (x.shape[0], count), device=x.device, generator=generator)
+        return x.gather(1, where[..., None].expand(-1, -1, x.shape[-1])).float()
+
+    def cut(self, labels: Tensor, sizes: Tensor) -> tuple[Cut, Tensor]:
+        """Tokens by cluster in blocks of at most `block`, and the cluster of each block [B, H, blocks].
+
+        As many blocks as there can ever be, so that nothing waits for the device; the last are empty.
+        """
+        number = sizes.shape[-1] + labels.shape[-1] // self.block
+        pieces = (sizes + self.block - 1) // self.block
+        ends = pieces.cumsum(-1)
+        place = torch.arange(number, device=sizes.device).expand(*sizes.shape[:2], -1).contiguous()
+        owner = torch.searchsorted(ends, place, right=True).clamp(max=sizes.shape[-1] - 1)
+        rank = place - (ends - pieces).gather(2, owner)
+        left = sizes.gather(2, owner) - rank * self.block
+        order = labels.argsort(dim=-1, stable=True)
+        return Cut(Index(order), left.clamp(0, self.block), self.block), owner

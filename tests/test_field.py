@@ -1,0 +1,424 @@
+"""Masks of other papers' methods against slow re-derivations, and, if asked for, against their official code.
+
+The second kind needs clones of the official repositories: `pytest -m official --official FOLDER`, with radial-attention
+(mit-han-lab), Sparse-VideoGen (svg-project) and Jenga (dvlab-research) in FOLDER.
+"""
+
+import ast
+import itertools
+import math
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from draftbench.kernels import run
+from draftbench.kernels.kmeans import kmeans
+from draftbench.methods.jenga import Jenga, adjacent, curve
+from draftbench.methods.radial import Radial, decay_mask
+from draftbench.methods.sparge import Sparge
+from draftbench.methods.sta import STA, choose_windows
+from draftbench.methods.svg import SVG
+from draftbench.methods.svg2 import SVG2
+from draftbench.methods.vsa import VSA
+from draftbench.methods.xattention import XAttention
+
+from draftbench.attention import Call, Meter
+from draftbench.layout import Box, Layout, permutation
+
+CPU = torch.device("cpu")
+GRIDS = {"even": (4, 8, 8), "ragged": (3, 7, 9), "one_frame": (1, 9, 13)}
+grids = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+
+
+def tensors(grid, text=5, heads=2, dim=16):
+    torch.manual_seed(3)
+    length = math.prod(grid) + text
+    return [torch.randn(1, length, heads, dim) for _ in range(3)]
+
+
+def kept_tokens(method, grid, text=5, state=None, step=6):
+    """Which token pairs a method keeps, bool [H, S, S], in frame-major order: from its lists alone."""
+    q, k, v = tensors(grid, text)
+    layout = Layout(grid, text)
+    call = Call(
+        layout, step, 10, 1, "cond", torch.tensor([text]), (3,), 0, {} if state is None else state, run("cpu"), Meter()
+    )
+    plan = method.plan(q, k, v, call)
+    found = torch.zeros(2, layout.length, layout.length, dtype=torch.bool)
+    for h in range(2):
+        sides = []
+        for starts, order in ((plan.q_offsets, plan.q_order), (plan.kv_offsets, plan.kv_order)):
+            where = permutation(order, layout, CPU)
+            tokens = torch.arange(layout.length) if where is None else where[0, min(h, where.shape[1] - 1)]
+            start = starts[0, min(h, starts.shape[1] - 1)].tolist()
+            sides.append([tokens[a:b] for a, b in itertools.pairwise(start)])
+        for row, count in enumerate(plan.counts[0, h].tolist()):
+            for column in plan.blocks[0, h, row, :count].tolist():
+                assert not found[h][sides[0][row][:, None], sides[1][column]].any()  # no pair twice
+                found[h][sides[0][row][:, None], sides[1][column]] = True
+    return found
+
+
+def with_text(video, grid, text=5):
+    """Token pairs of the video [H, V, V] with text rows and columns that are all kept."""
+    return torch.nn.functional.pad(video, (0, text, 0, text), value=True)
+
+
+def cut(grid, block):
+    """Slices of the video's tokens in turn."""
+    video = math.prod(grid)
+    return [range(a, min(a + block, video)) for a in range(0, video, block)]
+
+
+def spread(mask, blocks, columns=None):
+    """Pairs of tokens of kept pairs of blocks; blocks: lists of tokens."""
+    columns = columns or blocks
+    n = sum(map(len, blocks))
+    out = torch.zeros(n, n, dtype=torch.bool)
+    for i, rows in enumerate(blocks):
+        for j, cols in enumerate(columns):
+            if mask[i][j]:
+                out[torch.tensor(list(rows))[:, None], torch.tensor(list(cols))] = True
+    return out
+
+
+def radial_blocks(grid, block, decay):
+    """The paper's rule token by token, then the rule on columns of a block."""
+    frame, video = grid[1] * grid[2], math.prod(grid)
+    token = torch.zeros(video, video)
+    for i in range(video):
+        for j in range(video):
+            d = abs(i // frame - j // frame)
+            apart = abs(i % frame - j % frame)
+            if d <= 1:
+                token[i, j] = 1
+                continue
+            length = 2 ** frame.bit_length() / 2 ** d.bit_length()
+            thin = length < block and d % int(block / length)
+            token[i, j] = not thin and apart <= max(length * decay, block)
+    pieces = cut(grid, block)
+    kept = []
+    for rows in pieces:
+        kept.append([])
+        for cols in pieces:
+            share = token[rows.start : rows.stop, cols.start : cols.stop].mean(0)
+            some = int((share > 0).sum())
+            kept[-1].append(some > 0 and int((share > 1 / 3).sum()) / some > 0.6)
+    return torch.tensor(kept), pieces
+
+
+@grids
+@pytest.mark.parametrize("decay", [0.0, 0.2, 0.95])
+def test_radial_is_the_papers_rule(grid, decay):
+    mask, pieces = radial_blocks(grid, 8, decay)
+    expected = with_text(spread(mask, pieces), grid)
+    assert torch.equal(kept_tokens(Radial(decay=decay, block=8), grid), expected.expand(2, -1, -1))
+
+
+@pytest.mark.parametrize("grid", [(6, 8, 8), (7, 5, 9)])
+def test_radial_at_a_sparsity_lies_between_two_decays(grid):
+    frames, frame = grid[0], grid[1] * grid[2]
+    video = frames * frame
+    for decay in (0.3, 0.6, 0.95):
+        mask = decay_mask(frames, frame, 8, decay, False, CPU)
+        pieces = cut(grid, 8)
+        kept = float(spread(mask, pieces).sum()) / video**2
+        same = kept_tokens(Radial(1 - kept, block=8), grid, 0)[0]
+        # What enters up to this decay is all kept, and nothing else; of ragged frames, nearly.
+        assert (same != spread(mask, pieces)).float().mean() <= (0.01 if frame % 8 else 0)
+        fewer = kept_tokens(Radial(min(0.99, 1.1 - kept), block=8), grid, 0)[0]
+        assert not (fewer & ~same).any()
+
+
+def test_radial_keeps_the_sink_and_refuses_a_negative_decay():
+    kept = kept_tokens(Radial(decay=0.2, block=8, first_frame_sink=True), (6, 4, 8))
+    assert kept[:, :, :32].all()
+    assert kept_tokens(Radial(0.7, block=8, first_frame_sink=True), (6, 4, 8))[:, :, :32].all()
+    with pytest.raises(ValueError, match=r"method.decay must be null or at least 0, got -1"):
+        Radial(decay=-1)
+
+
+def lloyd(x, centroids, rounds):
+    """K-means of x [S, D], one token and one cluster at a time."""
+    labels = []
+    for _ in range(rounds):
+        labels = [int(((token - centroids) ** 2).sum(1).argmin()) for token in x]
+        moved = []
+        for c, old in enumerate(centroids):
+            mine = [x[i] for i, label in enumerate(labels) if label == c]
+            moved.append(torch.stack(mine).mean(0) if mine else old)
+        centroids = torch.stack(moved)
+    return labels, centroids
+
+
+def test_kmeans_is_lloyds():
+    torch.manual_seed(0)
+    x = torch.randn(2, 2, 40, 6)
+    start = torch.cat([x[:, :, :7], torch.full((2, 2, 1, 6), 50.0)], 2)  # the last gets no token and stays
+    labels, centroids, sizes = kmeans(x, start, 3)
+    for b in range(2):
+        for h in range(2):
+            expected, moved = lloyd(x[b, h], start[b, h], 3)
+            assert labels[b, h].tolist() == expected
+            torch.testing.assert_close(centroids[b, h], moved)
+            assert sizes[b, h].tolist() == [expected.count(c) for c in range(8)]
+
+
+@grids
+@pytest.mark.parametrize("top_p, floor", [(0.9, 0.1), (0.3, 0.5), (0.0, 0.0)])
+def test_svg2_is_the_papers_rule(grid, top_p, floor):
+    method = SVG2(top_p=top_p, floor=floor, q_clusters=4, k_clusters=6, first=3, next=2, block=16)
+    q, k, _ = tensors(grid)
+    video, state = math.prod(grid), {}
+    for calls in range(2):  # the second starts from the centroids of the first
+        before = dict(state)
+        found = kept_tokens(method, grid, state=state)
+        for h in range(2):
+            sides = []
+            for x, name, count in ((q, "q", 4), (k, "k", 6)):
+                x = x[0, :video, h]
+                if calls:
+                    start = before[name][0, h]
+                    labels, centroids = lloyd(x, start, 2)
+                else:  # its random tokens are not ours to know: only where they led
+                    centroids = state[name][0, h]
+                    labels = [int(((t - centroids) ** 2).sum(1).argmin()) for t in x]
+                    continue
+                torch.testing.assert_close(state[name][0, h], centroids, atol=1e-5, rtol=1e-4)
+                sides.append((torch.tensor(labels), centroids, [labels.count(c) for c in range(count)]))
+            if not calls:
+                continue
+            (q_labels, q_mean, _), (k_labels, k_mean, k_size) = sides
+            expected = torch.zeros(video, video, dtype=torch.bool)
+            for i in range(4):
+                weight = [s * math.exp(float(q_mean[i] @ k_mean[j]) / 4) for j, s in enumerate(k_size)]
+                ranked = sorted(range(6), key=lambda j: -weight[j])
+                total = 0.0
+                for rank, j in enumerate(ranked):
+                    if rank and total > top_p * sum(weight) and rank >= int(floor * 6):
+                        break
+                    total += weight[j]
+                    expected[(q_labels == i)[:, None] & (k_labels == j)] = True
+            assert torch.equal(found[h], with_text(expected, grid))
+
+
+def test_svg2_begins_with_tokens_and_cuts_clusters_into_blocks():
+    grid = (3, 7, 9)
+    q, _, _ = tensors(grid)
+    x = q[:, :189].transpose(1, 2)
+    drawn = SVG2.draw(x[0], 5, torch.Generator().manual_seed(1))
+    assert all(any(torch.equal(token, other) for other in x[0, 1]) for token in drawn[1])
+    labels = torch.zeros(1, 2, 189, dtype=torch.int64)
+    labels[:, :, ::3] = 2
+    sizes = torch.tensor([[126, 0, 63]]).expand(1, 2, -1)
+    made, owner = SVG2(block=50).cut(labels, sizes)
+    assert made.sizes[0, 0].tolist() == [50, 50, 26, 50, 13, 0]
+    assert owner[0, 0, :5].tolist() == [0, 0, 0, 2, 2]
+    assert made.order.tokens[0, 0, 126:].tolist() == list(range(0, 189, 3))
+
+
+@grids
+def test_sta_is_a_window_of_tiles(grid):
+    box, method = Box(2, 4, 4), STA(0.6, tile=(2, 4, 4))
+    windows = choose_windows(box, grid, 2, 0.4)
+    found = kept_tokens(method, grid)
+    coordinates = [(t, y, x) for t in range(grid[0]) for y in range(grid[1]) for x in range(grid[2])]
+    for h, window in enumerate(windows):
+        expected = torch.zeros(len(coordinates), len(coordinates), dtype=torch.bool)
+        for i, a in enumerate(coordinates):
+            for j, b in enumerate(coordinates):
+                near = True
+                for x, y, side, n, width in zip(a, b, (2, 4, 4), grid, window, strict=True):
+                    tiles = -(-n // side)
+                    first = min(max(x // side - width // 2, 0), tiles - width)
+                    near = near and first <= y // side < first + width
+                expected[i, j] = near
+        assert torch.equal(found[h], with_text(expected, grid))
+
+
+@grids
+def test_svg_is_a_band_in_one_of_two_orders(grid):
+    found = kept_tokens(SVG(0.6, block=8), grid)
+    frame, video = grid[1] * grid[2], math.prod(grid)
+    patch_major = [t * frame + p for p in range(frame) for t in range(grid[0])]
+    bands = []
+    for tokens in (list(range(video)), patch_major):
+        for reach in range(-(-video // 8)):
+            pieces = [[tokens[i] for i in piece] for piece in cut(grid, 8)]
+            near = [[abs(i - j) <= reach for j in range(len(pieces))] for i in range(len(pieces))]
+            bands.append(with_text(spread(near, pieces), grid))
+    for h in range(2):
+        same = [band for band in bands if torch.equal(band, found[h])]
+        assert same
+        density = float(same[0][:video, :video].float().mean())
+        best = min(abs(float(band[:video, :video].float().mean()) - 0.4) for band in bands)
+        assert abs(abs(density - 0.4) - best) < 1e-6
+
+
+@grids
+def test_vsa_is_top_k_of_pooled_tiles(grid):
+    q, k, _ = tensors(grid)
+    found = kept_tokens(VSA(0.7, cube=(2, 4, 4)), grid)
+    tiles = {}
+    for i in range(math.prod(grid)):
+        t, rest = divmod(i, grid[1] * grid[2])
+        tiles.setdefault((t // 2, rest // grid[2] // 4, rest % grid[2] // 4), []).append(i)
+    pieces = [tiles[key] for key in sorted(tiles)]
+    top = max(1, math.ceil(round(0.3 * len(pieces), 6)))
+    for h in range(2):
+        mask = torch.zeros(len(pieces), len(pieces), dtype=torch.bool)
+        for i, rows in enumerate(pieces):
+            scores = [float(q[0, rows, h].mean(0) @ k[0, cols, h].mean(0)) for cols in pieces]
+            for j in sorted(range(len(pieces)), key=lambda j: -scores[j])[:top]:
+                mask[i, j] = True
+        assert torch.equal(found[h], with_text(spread(mask, pieces), grid))
+
+
+@pytest.mark.parametrize("grid", [(4, 8, 8), (3, 7, 9), (1, 9, 13), (8, 16, 24), (5, 1, 6)])
+def test_the_curve_visits_every_token_and_goes_step_by_step(grid):
+    order = curve(grid, CPU)
+    assert sorted(order.tolist()) == list(range(math.prod(grid)))
+    t, y, x = order // (grid[1] * grid[2]), order // grid[2] % grid[1], order % grid[2]
+    steps = torch.stack([t, y, x]).diff(dim=1).abs()
+    assert steps.max() == 1  # odd sides force a diagonal step here and there
+    if all(n % 2 == 0 for n in grid):
+        assert (steps.sum(0) == 1).all()
+
+
+@grids
+def test_jenga_is_the_papers_rule(grid):
+    q, k, _ = tensors(grid)
+    found = kept_tokens(Jenga(p=0.4, drop=0.7, block=16), grid)
+    order = curve(grid, CPU).tolist()
+    pieces = [[order[i] for i in piece] for piece in cut(grid, 16)]
+    owner = {token: i for i, piece in enumerate(pieces) for token in piece}
+    near = {(a, a) for a in range(len(pieces))}
+    for token, a in owner.items():
+        t, y, x = token // (grid[1] * grid[2]), token // grid[2] % grid[1], token % grid[2]
+        for other, b in owner.items():
+            s, v, u = other // (grid[1] * grid[2]), other // grid[2] % grid[1], other % grid[2]
+            if max(abs(t - s), abs(y - v), abs(x - u)) <= 1:
+                near.add((a, b))
+    assert {tuple(pair) for pair in adjacent(grid, 16, CPU).nonzero().tolist()} == near
+    for h in range(2):
+        mask = torch.zeros(len(pieces), len(pieces), dtype=torch.bool)
+        for i, rows in enumerate(pieces):
+            scores = torch.stack([q[0, rows, h].mean(0) @ k[0, cols, h].mean(0) for cols in pieces]) / 4
+            weights, ranked = scores.softmax(0).sort(descending=True)
+            n = max(int(0.3 * len(pieces)), int((weights.cumsum(0) <= 0.4).sum()) + 1)
+            mask[i, ranked[:n]] = True
+            for j in range(len(pieces)):
+                mask[i, j] |= (i, j) in near
+        assert torch.equal(found[h], with_text(spread(mask, pieces), grid))
+
+
+@grids
+@pytest.mark.parametrize("tau", [0.5, 0.9])
+def test_xattention_is_the_papers_rule(grid, tau):
+    q, k, _ = tensors(grid)
+    found = kept_tokens(XAttention(tau=tau, stride=4, block=16), grid)
+    pieces, video = cut(grid, 16), math.prod(grid)
+    for h in range(2):
+        rows, columns = range(0, video, 4), range(0, video, 4)
+        scores = torch.zeros(len(rows), len(columns))
+        for i, a in enumerate(rows):
+            for j, b in enumerate(columns):
+                for s in range(4):
+                    if a + 3 - s < video and b + s < video:
+                        scores[i, j] += q[0, a + 3 - s, h] @ k[0, b + s, h] / (4 * 4)
+        weights = scores.softmax(1)
+        mask = torch.zeros(len(pieces), len(pieces), dtype=torch.bool)
+        for i in range(len(pieces)):
+            mass = [float(weights[4 * i : 4 * i + 4, 4 * j : 4 * j + 4].sum()) for j in range(len(pieces))]
+            total = 0.0
+            for j in sorted(range(len(pieces)), key=lambda j: -mass[j]):
+                if total > tau * sum(mass):
+                    break
+                total += mass[j]
+                mask[i, j] = True
+        assert torch.equal(found[h], with_text(spread(mask, pieces), grid))
+
+
+@grids
+@pytest.mark.parametrize("cdf, similarity", [(0.5, -0.1), (0.6, 0.055), (0.98, 0.6)])
+def test_sparge_is_the_papers_rule(grid, cdf, similarity):
+    q, k, _ = tensors(grid)
+    found = kept_tokens(Sparge(cdf=cdf, similarity=similarity, block=16), grid)
+    rows, columns = cut(grid, 16), cut(grid, 8)
+
+    def alike(x):
+        unit = x / x.norm(dim=1, keepdim=True)
+        return float((unit @ unit.T).mean()) > similarity
+
+    for h in range(2):
+        q_alike, k_alike = ([alike(x[0, list(piece), h]) for piece in s] for x, s in ((q, rows), (k, columns)))
+        mask = torch.zeros(len(rows), len(columns), dtype=torch.bool)
+        for i, a in enumerate(rows):
+            scores = torch.stack([q[0, list(a), h].mean(0) @ k[0, list(b), h].mean(0) for b in columns]) / 4
+            weights = torch.tensor([math.exp(s) * w for s, w in zip(scores, k_alike, strict=True)])
+            ranked, where = (weights / weights.sum()).sort(descending=True)
+            n = max(1, int((ranked.cumsum(0) <= cdf).sum()))
+            for j in range(len(columns)):
+                mask[i, j] = not q_alike[i] or not k_alike[j] or (any(k_alike) and j in where[:n].tolist())
+        assert torch.equal(found[h], with_text(spread(mask, rows, columns), grid))
+
+
+def official(request, path, *names):
+    """Functions of an official file, taken out of it since its imports need kernels and a GPU."""
+    folder = request.config.getoption("--official")
+    if not folder:
+        pytest.skip("--official FOLDER is not given")
+    from pathlib import Path
+
+    tree = ast.parse((Path(folder) / path).read_text())
+    body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in names]
+    for node in body:
+        node.decorator_list = []
+    space = {"torch": torch, "F": torch.nn.functional, "math": math, "time": __import__("time")}
+    exec(compile(ast.Module(body, []), path, "exec"), space)
+    return SimpleNamespace(**{name: space[name] for name in names})
+
+
+@pytest.mark.official
+@pytest.mark.parametrize("frames, grid", [(6, (16, 24)), (9, (16, 32))])
+@pytest.mark.parametrize("decay", [0.2, 0.95])
+def test_radial_is_the_official_mask(request, frames, grid, decay):
+    names = ("shrinkMaskStrict", "get_diagonal_split_mask", "get_window_width", "gen_log_mask_shrinked")
+    code = official(request, "radial-attention/radial_attn/attn_mask.py", *names)
+    frame = math.prod(grid)
+    where = torch.zeros(1)
+    theirs = code.gen_log_mask_shrinked(where, frames * frame, frames * frame, frames, 128, "radial", decay, "hunyuan")
+    assert torch.equal(decay_mask(frames, frame, 128, decay, False, CPU), theirs)
+
+
+@pytest.mark.official
+def test_svg2_is_the_official_map(request):
+    code = official(
+        request,
+        "Sparse-VideoGen/svg/kmeans_utils.py",
+        "weighted_softmax",
+        "identify_dynamic_map",
+        "batch_kmeans_Euclid",
+    )
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 2, 20, 16), torch.randn(1, 2, 30, 16)
+    sizes = torch.randint(1, 50, (1, 2, 30))
+    theirs = code.identify_dynamic_map(q, k, None, sizes, 0.6, 0.1)
+    from draftbench.kernels.select import keep_share
+
+    weights = (q @ k.mT / 4 + sizes[:, :, None].log()).softmax(-1)
+    assert torch.equal(keep_share(weights, 0.6, 3), theirs)
+
+
+@pytest.mark.official
+@pytest.mark.parametrize("grid", [(4, 8, 8), (3, 7, 9), (8, 16, 24), (5, 15, 26)])
+def test_jenga_is_the_official_curve(request, grid):
+    code = official(request, "Jenga/gilbert.py", "gilbert_xyz2d", "gilbert_xyz2d_r", "sgn", "in_bounds")
+    t, h, w = grid
+    order = [0] * math.prod(grid)
+    for i in range(len(order)):
+        z, y, x = i // (h * w), i // w % h, i % w
+        order[code.gilbert_xyz2d(x, y, z, w, h, t)] = i
+    assert Counter(order) == Counter(range(len(order)))
+    assert curve(grid, CPU).tolist() == order
