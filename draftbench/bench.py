@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"{cli.message(error)}\nThe traceback is in {folder / cli.ERROR}")
         code = 1
     if bench.rows:
-        text = attention_tables.markdown(bench.rows, folder.name)
+        text = attention_tables.page(bench.rows, folder.name).markdown()
         with records.replacing(folder / "table.md") as temporary:
             temporary.write_text(text, encoding="utf-8")
         print(f"\n{text}\nRows and table: {folder}")

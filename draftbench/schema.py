@@ -117,6 +117,29 @@ class Bench:
     seed: Annotated[int, "an integer from 0 to 2^31 - 1", lambda x: 0 <= x < 2**31]
 
 
+@dataclasses.dataclass
+class Contrasts:
+    """What draftbench.tables compares, and how its bootstrap draws."""
+
+    against: Annotated[list[str], "a list of distinct methods", str.strip]
+    metrics: list[Literal["psnr_db", "ssim", "lpips"]]
+    draws: Annotated[int, "an integer of at least 1000", lambda x: x >= 1000]
+    seed: Annotated[int, "an integer from 0 to 2^31 - 1", lambda x: 0 <= x < 2**31]
+
+
+@dataclasses.dataclass
+class Tables:
+    """The keys of draftbench.tables; conf/paper says what `paper` holds."""
+
+    records: Text
+    quoted: Text
+    out: Text
+    figures: Text
+    readme: Text
+    check: Switch
+    contrasts: Contrasts
+
+
 _LISTS = ("prompts", "seeds", "metrics")  # one item may stand for the list
 _EMPTY = ("metrics",)  # may be empty
 
@@ -150,6 +173,11 @@ def check_bench(config: DictConfig) -> None:
         if name not in ("bench", "hydra"):
             raise unknown(f"{name}={config[name]}", ["bench"])
     _fields(config.bench, Bench, "bench.")
+
+
+def check_tables(config: DictConfig) -> None:
+    """As `check`, for the config of draftbench.tables."""
+    _fields(OmegaConf.masked_copy(config, [str(name) for name in config if name != "paper"]), Tables, "")
 
 
 def check_job(config: DictConfig) -> Model:

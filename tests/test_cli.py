@@ -106,8 +106,20 @@ def test_one_job(jobs, argv, cell):
 
 @pytest.mark.parametrize("experiment", ["experiment=draft_table1", "+experiment=draft_table1"])
 def test_experiment_in_both_spellings(jobs, experiment):
-    assert cli.main([experiment]) == 0
-    assert (jobs[0][0].model.steps, jobs[0][0].dense.steps) == (50, 0.3)
+    """The paper's grid of sparsities on pocket, as a sweep without -m; what is given replaces what it sweeps."""
+    assert cli.main([experiment, "model=pocket", "sparsity=0.6,0.8"]) == 0
+    assert [(config.method._target_.split(".")[-2], config.sparsity) for config, _, _ in jobs] == [
+        (method, level) for method in ("svg", "draft") for level in (0.6, 0.8)
+    ]
+    assert {(job.model.steps, job.dense.steps, job.dense.layers, len(job.prompts)) for job, _, _ in jobs} == {
+        (50, 0.3, 2, 4)
+    }
+    with cli._configs():
+        configs = {name: cli.hydra.compose("config", ["experiment=draft_table1", f"model={name}"], True) for name in
+                   ("hunyuan_video", "pocket_large")}  # fmt: skip
+    params = {name: config.hydra.sweeper.params for name, config in configs.items()}
+    assert (params["hunyuan_video"].sparsity, params["hunyuan_video"]["dense.layers"]) == ("0.6,0.8,0.9", "2")
+    assert params["pocket_large"].sparsity == "0.55,0.6,0.75,0.8,0.9"
 
 
 def test_sweep(jobs, capsys):
@@ -290,7 +302,7 @@ def test_help_page(capsys):
         "+method=dense,sta,svg,draft sparsity=0.5,0.75,0.9",
         "*draft",
         "DraftAttention (Shen et al., 2025",
-        "The official code's setting",
+        "DraftAttention's Table 1 as a sweep",
         "sparsity=0.75",
         "share of video-by-video pairs to drop, in [0, 1)",
         "dense.steps=0.25",

@@ -13,7 +13,7 @@ from draftbench import schema
 from draftbench.attention import Method
 
 CONF = Path(__file__).parent.parent / "conf"
-OTHERS = ("hydra", "bench")  # bench is the group of another command
+OTHERS = ("hydra", "bench", "paper")  # bench and paper are groups of other commands
 CHOICES = [(p.parent.name, p.stem) for p in sorted(CONF.glob("*/*.yaml")) if p.parent.name not in OTHERS]
 
 
