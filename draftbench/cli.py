@@ -272,12 +272,12 @@ def _baselines(jobs: Jobs) -> list[dict[str, Any]]:
 
 
 def _show_sweep(jobs: Jobs, rows: list[dict[str, Any]]) -> None:
-    from . import report, tracking
+    from . import summary, tracking
 
     rows = list({row["cell_id"]: row for row in rows}.values())  # dense cells come back at every sparsity
     if all(row["method"] != "dense" for row in rows):
         rows = [*_baselines(jobs), *rows]
-    table = report.table(rows)
+    table = summary.table(rows)
     print(f"\n{table}\n\nTable, records and videos: {jobs.root}")
     try:
         with records.replacing(jobs.root / "table.txt") as temporary:

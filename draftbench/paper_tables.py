@@ -27,6 +27,7 @@ class Paper:
     """What conf/paper says of a paper; setups: its name of a model to ours (model, grid, dense_layers)."""
 
     title: str
+    note: str
     speedups: str
     methods: Mapping[str, str]
     speedup_of: str
@@ -95,9 +96,7 @@ def _main(paper: Paper, quoted: Quoted, ours: Mapping[str, list[Row]], left_out:
         "Quoted numbers are the paper's (Table 1; results/quoted holds each with its source); its SSIM and LPIPS are "
         "x100, and so are ours here, with SSIM on its own scale of 0 to 1 in brackets. Ours: mean over clips, against "
         f"the dense clip of the same prompt, seed and noise; {paper.steps} steps, the first {paper.dense_steps:.0%} "
-        "dense. A dash: not given, or no record. The paper names neither its prompts' number nor its metrics' "
-        "implementations, and its PFLOPs scale as (1 - sparsity)^2; they are quoted, not counted. Its SVG and Draft "
-        "rows of Wan2.1 come from different code, hence two rows at 0%.",
+        f"dense. A dash: not given, or no record. {paper.note}",
         *(made or ["There are no records of these models yet."]),
     ]
     if left_out:
@@ -127,7 +126,8 @@ def _speedups(paper: Paper, quoted: Quoted, ours: Mapping[str, list[Row]]) -> Ta
 def _other(paper: Paper, label: str, group: list[Row]) -> Table:
     """The same grid on a model that the paper has not: no quoted number in sight."""
     names = {ours: theirs for theirs, ours in paper.methods.items()}
-    keys = sorted({(row["method"], row["sparsity"]) for row in group}, key=lambda key: (key[0] == "draft", *key))
+    order = list(names)
+    keys = sorted({(row["method"], row["sparsity"]) for row in group}, key=lambda key: (order.index(key[0]), key[1]))
     rows = [
         {"model": group[0]["model"], "method": names[method], "sparsity": sparsity, **_own(group, method, sparsity)}
         for method, sparsity in keys

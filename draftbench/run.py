@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from . import attention, kernels, layout, metrics, records, report, schema
+from . import attention, kernels, layout, media, metrics, records, schema, summary
 from .attention import DenseParts, Method, Request, Session, Watch
 from .cache import FrameCache, digest
 from .diagnostics import Probe
@@ -55,7 +55,7 @@ def job(config: DictConfig, folder: Path, group: str | None = None) -> list[dict
         if config.videos:
             kinds = (sorted(folder.glob(pattern)) for pattern in ("*.mp4", "*.png"))
             tracker.log_files(*({path.stem: path for path in paths} for paths in kinds))
-    print(report.table(rows if work.name == "dense" or not work.baseline else [work.baseline, *rows]))
+    print(summary.table(rows if work.name == "dense" or not work.baseline else [work.baseline, *rows]))
     print(f"records, videos and pictures: {folder}")
     return rows
 
@@ -269,10 +269,10 @@ class Job:
 
     def show(self, number: int, cell: Cell, frames: Tensor, dense: Tensor) -> None:
         """Write both videos and the side-by-side picture of a clip."""
-        report.write_video(dense, self.folder / f"{number:03}_dense.mp4", self.model.fps)
-        report.write_video(frames, self.folder / f"{number:03}_{self.name}.mp4", self.model.fps)
+        media.write_video(dense, self.folder / f"{number:03}_dense.mp4", self.model.fps)
+        media.write_video(frames, self.folder / f"{number:03}_{self.name}.mp4", self.model.fps)
         title = {"method": self.name, "sparsity": self.config.sparsity, "prompt": cell[0], "seed": cell[1]}
-        report.side_by_side(dense, frames, self.folder / f"{number:03}_side_by_side.png", title)
+        media.side_by_side(dense, frames, self.folder / f"{number:03}_side_by_side.png", title)
 
     def diagnose(self) -> None:
         """Write output error and recalled mass by step and layer of the first clip."""

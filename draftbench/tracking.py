@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, cast, get_args
 
 from .records import flat
-from .report import MEASURES, means
+from .summary import MEASURES, means
 
 Mode = Literal["offline", "online", "disabled"]
 MODES: tuple[Mode, ...] = get_args(Mode)

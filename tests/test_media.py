@@ -1,4 +1,4 @@
-"""Videos read back, pictures of the right size and content, and the table."""
+"""Videos read back, and pictures of the right size and content."""
 
 import av
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from draftbench import records, report
+from draftbench import media
 
 
 def clip(frames=9, height=48, width=64):
@@ -20,7 +20,7 @@ def clip(frames=9, height=48, width=64):
 )
 def test_video_read_back(tmp_path, size, expected):
     frames = clip(5, *size)
-    report.write_video(frames, tmp_path / "clip.mp4", fps=7.5)
+    media.write_video(frames, tmp_path / "clip.mp4", fps=7.5)
     with av.open(str(tmp_path / "clip.mp4")) as container:
         (stream,) = container.streams
         assert stream.codec_context.name == "h264" and stream.pix_fmt == "yuv420p" and stream.average_rate == 7.5
@@ -39,12 +39,12 @@ def test_video_read_back(tmp_path, size, expected):
 def test_video_refuses_what_it_cannot_show(tmp_path):
     for frames, fps in ((clip()[:0], 8), (clip(), 0), (clip(), float("nan"))):
         with pytest.raises(ValueError, match="at least one frame and fps > 0"):
-            report.write_video(frames, tmp_path / "clip.mp4", fps)
+            media.write_video(frames, tmp_path / "clip.mp4", fps)
     with pytest.raises(TypeError, match="uint8"):
-        report.write_video(clip().float(), tmp_path / "clip.mp4", 8)
+        media.write_video(clip().float(), tmp_path / "clip.mp4", 8)
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="cannot write"):
-        report.write_video(clip(), tmp_path / "file" / "clip.mp4", 8)
+        media.write_video(clip(), tmp_path / "file" / "clip.mp4", 8)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
@@ -53,7 +53,7 @@ def test_side_by_side(tmp_path):
     reference = clip()
     frames = reference.clone()
     frames[:, 0] = torch.where(reference[:, 0] > 245, 255, reference[:, 0] + 10).byte()
-    report.side_by_side(reference, frames, tmp_path / "x.png", {"method": "draft"}, columns=3, gain=20)
+    media.side_by_side(reference, frames, tmp_path / "x.png", {"method": "draft"}, columns=3, gain=20)
     page = np.array(Image.open(tmp_path / "x.png"))
     assert page.shape[2] == 3 and (page[:10] == 255).all() and (page[:, -10:] == 255).all()
     (top,) = [y for y in range(len(page)) if (page[y, 160:352] != 255).any(1).mean() > 0.9][:1]
@@ -72,57 +72,11 @@ def test_contact_sheet_takes_clips_of_any_length_and_size(tmp_path):
         ("real", clip(20, 768, 1280)),
         ("a_label_too_long_to_wrap", clip(3)),
     ]
-    report.contact_sheet(rows, tmp_path / "x.png", title={"n": 3, "note": "word " * 60})
+    media.contact_sheet(rows, tmp_path / "x.png", title={"n": 3, "note": "word " * 60})
     with Image.open(tmp_path / "x.png") as page:
         assert page.width < 6 * 340 + 200 and page.height > 400
     with pytest.raises(ValueError, match="at least one clip"):
-        report.contact_sheet([], tmp_path / "y.png")
+        media.contact_sheet([], tmp_path / "y.png")
     with pytest.raises(ValueError, match="one shape"):
-        report.side_by_side(clip(3), clip(4), tmp_path / "y.png", {})
+        media.side_by_side(clip(3), clip(4), tmp_path / "y.png", {})
     assert [p.name for p in tmp_path.iterdir()] == ["x.png"]
-
-
-def row(method="draft", sparsity=0.9, **values):
-    known = {
-        "model": "pocket",
-        "prompt": "turn left",
-        "seed": 0,
-        "device": "NVIDIA H200",
-        "versions": {"torch": "2.11"},
-        "status": "ok",
-        "executor": "triton",
-    }
-    return records.new(method=method, sparsity=sparsity, steps=20, **known | values)
-
-
-def test_table_has_the_baseline_first_means_and_dashes():
-    rows = [
-        row(psnr_db=20.0, lpips=0.1),
-        row(psnr_db=30.0, generate_s=2.0),
-        row("dense", 0.0, psnr_db=100.0),
-        row("a", 0.5),
-    ]
-    lines = [line.split() for line in report.table(rows).splitlines()]
-    assert lines[0] == ["NVIDIA", "H200,", "torch", "2.11"]
-    head = lines[1]
-    assert [line[:4] for line in lines[2:]] == [
-        ["pocket", "dense", "0", "1"], ["pocket", "a", "0.5", "1"], ["pocket", "draft", "0.9", "2"]
-    ]  # fmt: skip
-    cells = dict(zip(head, lines[-1], strict=True))
-    assert (cells["psnr_db"], cells["lpips"], cells["generate_s"], cells["ssim"]) == ("25.00", "0.1000", "2.00", "-")
-
-
-def test_table_mixes_neither_machines_nor_settings():
-    rows = [row(psnr_db=1.0), row(psnr_db=2.0, device="AMD EPYC"), row(psnr_db=3.0, method_settings={"pool": "max"})]
-    text = report.table(rows)
-    assert text.count("psnr_db") == 2 and "AMD EPYC, torch 2.11\n" in text
-    assert [group["psnr_db"] for group in report.means(rows)] == [2.0, 3.0, 1.0]
-    assert text.count("pool=max") == 1 and "executor" not in text
-    assert "sparsity=None" not in report.table([row(sparsity=None, method="dense"), row()])
-
-
-def test_table_lists_what_failed():
-    text = report.table([row(), row(status="failed: out of memory", seed=3)])
-    assert text.endswith("failed: out of memory (pocket draft sparsity 0.9, prompt 'turn left', seed 3)")
-    assert [group["n"] for group in report.means([row(), row(status="failed: x")])] == [1]
-    assert report.table([]) == "no records"
