@@ -125,28 +125,36 @@ def append(record: Mapping[str, Any], path: Path | str) -> None:
 
 def read(path: Path | str) -> dict[str, Any]:
     """One record; ValueError naming the file if it is not one."""
-    (record,) = _parse(Path(path), lines=False)
+    (record,) = parse(Path(path))
     return record
 
 
 def read_all(paths: Iterable[Path | str]) -> list[dict[str, Any]]:
-    """The records of files, and of every record*.json and *.jsonl under folders (W&B's own files left out).
+    """The records of `files(paths)`. Raises FileNotFoundError for a path that does not exist, ValueError naming a
+    corrupt file."""
+    return [record for path in files(paths) for record in parse(path)]
 
-    Raises FileNotFoundError for a path that does not exist, ValueError naming a corrupt file.
+
+def files(paths: Iterable[Path | str]) -> list[Path]:
+    """Files as they are, and every record*.json and *.jsonl under folders (W&B's own files left out), each once.
+
+    Raises FileNotFoundError for a path that does not exist.
     """
-    files: dict[Path, None] = {}
+    found: dict[Path, None] = {}
     for path in (Path(p) for p in paths):
         if not path.exists():
             raise FileNotFoundError(f"no such run folder or record: {path}")
-        found = sorted({*path.rglob("record*.json"), *path.rglob("*.jsonl")}) if path.is_dir() else [path]
-        files |= {f.resolve(): None for f in found if path == f or "wandb" not in f.relative_to(path).parts}
-    return [record for file in files for record in _parse(file, lines=file.suffix == ".jsonl")]
+        inside = sorted({*path.rglob("record*.json"), *path.rglob("*.jsonl")}) if path.is_dir() else [path]
+        found |= {f.resolve(): None for f in inside if path == f or "wandb" not in f.relative_to(path).parts}
+    return list(found)
 
 
-def _parse(path: Path, lines: bool) -> list[dict[str, Any]]:
+def parse(path: Path) -> list[dict[str, Any]]:
+    """The records of one file, a line each in a .jsonl; ValueError naming the file if it holds anything else."""
     try:
         text = path.read_text(encoding="utf-8")
-        records = [json.loads(line) for line in text.splitlines() if line.strip()] if lines else [json.loads(text)]
+        lines = [line for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" else [text]
+        records = [json.loads(line) for line in lines]
         if not all(isinstance(record, dict) and "schema_version" in record for record in records):
             raise ValueError("an object without schema_version")
     except ValueError as error:

@@ -1,0 +1,201 @@
+"""One HTML page of runs, with no server and no network: `python -m draftbench.report RUN_FOLDER... [--out FILE]`.
+
+Sortable tables of the means and of every cell, heat maps, and a player of the dense clip, the method's and their
+difference in step. Everything is inside the file, which stays under a limit: clips are taken in turn from every method
+and sparsity while they fit, and the page says how many there are. The page itself is report.html beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from . import records, summary
+
+Row: TypeAlias = dict[str, Any]
+CELL = (
+    *("model", "method", "sparsity", "prompt", "seed", *summary.MEASURES, "device", "status"),
+)  # what the page shows of a record
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the page and say where it is; returns the exit code, 2 for what cannot be read or written."""
+    parser = argparse.ArgumentParser("python -m draftbench.report", description="One HTML page of runs.")
+    parser.add_argument("runs", nargs="+", metavar="RUN_FOLDER", type=Path, help="of one run or of a sweep")
+    parser.add_argument("--out", type=Path, help="the page; report.html in the first folder if left out")
+    parser.add_argument("--limit", type=float, default=20.0, metavar="MB", help="of the page (20)")
+    options = parser.parse_args(argv)
+    out = options.out or options.runs[0] / "report.html"
+    try:
+        if not options.limit > 0:
+            raise ValueError(f"--limit must be above 0 MB, got {options.limit:g}")
+        text, shown = page(options.runs, int(options.limit * 1e6))
+        with records.replacing(out) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except (OSError, ValueError) as error:
+        print(f"draftbench: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+        return 2
+    print(f"{out}: {len(text.encode()) / 1e6:.1f} MB, {shown}")
+    return 0
+
+
+def page(runs: Sequence[Path], limit: int) -> tuple[str, str]:
+    """The page of run folders, at most `limit` bytes unless its tables alone are more, and what it shows of the clips.
+
+    Raises FileNotFoundError for a folder that does not exist, ValueError for a damaged record or none at all.
+    """
+    found = [(path, row) for path in records.files(runs) for row in records.parse(path) if row.get("kind") == "cell"]
+    if not found:
+        raise ValueError(f"there are no records of cells under {', '.join(map(str, runs))}")
+    rows = [row for _, row in found]
+    media = Media()
+    data: Row = {
+        "title": ", ".join(run.resolve().name for run in runs),
+        "about": _about(rows),
+        "means": _columns(_means(rows)),
+        "cells": _columns([{name: row.get(name) for name in CELL} for row in rows]),
+        "clips": [],
+        "pictures": [],
+        "media": media.held,
+    }
+    template = (files(__package__) / "report.html").read_text(encoding="utf-8")
+    left = limit - len(template.encode()) - len(_json(data).encode()) - 1000
+    for path in _pictures(runs):
+        if media.cost(path) <= left:
+            left -= media.cost(path)
+            data["pictures"].append({"name": f"{path.parent.name}/{path.stem}", "media": media.add(path)})
+    candidates = _in_turn([clip for number, (path, row) in enumerate(found) if (clip := _clip(number, path, row))])
+    for clip in candidates:
+        cost = media.cost(clip["dense"], clip["method"]) + 400
+        if cost <= left:
+            left -= cost
+            kept = {name: media.add(clip[name]) for name in ("dense", "method")}
+            data["clips"].append({"cell": clip["cell"], "picture": None, "fps": _fps(clip["method"])} | kept)
+            clip["shown"] = data["clips"][-1]
+    for clip in candidates:  # what is left goes to their pictures
+        if "shown" in clip and clip["picture"].is_file() and media.cost(clip["picture"]) <= left:
+            left -= media.cost(clip["picture"])
+            clip["shown"]["picture"] = media.add(clip["picture"])
+    data["clips"].sort(key=lambda clip: clip["cell"])
+    shown = f"{len(data['clips'])} of {len(candidates)} clips with videos"
+    data["shown"] = shown if not candidates or len(data["clips"]) == len(candidates) else (
+        f"{shown} (the page is at most {limit / 1e6:g} MB; taken in turn from every method and sparsity, in the order "
+        "of prompts and seeds)"
+    )  # fmt: skip
+    return template.replace("__TITLE__", _html(data["title"])).replace("__DATA__", _json(data)), data["shown"]
+
+
+class Media:
+    """Files by the hash of their content, so that a dense clip that many methods share is held once."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, str] = {}
+        self._known: dict[Path, tuple[str, int]] = {}
+
+    def add(self, path: Path) -> str:
+        """Hold a file, as base64, and return its key."""
+        key, _ = self._key(path)
+        self.held[key] = base64.b64encode(path.read_bytes()).decode()
+        return key
+
+    def cost(self, *paths: Path) -> int:
+        """What holding these adds to the page, in bytes."""
+        return sum(size for key, size in {self._key(path) for path in paths} if key not in self.held)
+
+    def _key(self, path: Path) -> tuple[str, int]:
+        if path not in self._known:
+            data = path.read_bytes()
+            self._known[path] = hashlib.sha256(data).hexdigest()[:16], 4 * len(data) // 3 + 30
+        return self._known[path]
+
+
+def _clip(number: int, path: Path, row: Row) -> Row | None:
+    """The files of a cell's clip, or None if it has no videos; a dense cell has nothing to compare."""
+    clip = path.stem.partition("_")[2] or "000"
+    dense, method = (path.with_name(f"{clip}_{name}.mp4") for name in ("dense", row["method"]))
+    if dense == method or not (dense.is_file() and method.is_file()):
+        return None
+    return {
+        "cell": number, "dense": dense, "method": method, "picture": path.with_name(f"{clip}_side_by_side.png"),
+        "group": (row["model"], row["method"], row["sparsity"]), "order": (row["prompt"], row["seed"]),
+    }  # fmt: skip
+
+
+def _in_turn(clips: Iterable[Row]) -> list[Row]:
+    """The first clip of every model, method and sparsity, then the second of each, and so on."""
+    groups: dict[Any, list[Row]] = defaultdict(list)
+    for clip in sorted(clips, key=lambda clip: (*clip["group"], *clip["order"])):
+        groups[clip["group"]].append(clip)
+    return [clip for clip in chain.from_iterable(zip_longest(*groups.values())) if clip]
+
+
+def _pictures(runs: Sequence[Path]) -> list[Path]:
+    """Every picture of the runs that is not of one clip: heat maps and the like."""
+    found = chain.from_iterable(sorted(run.rglob("*.png")) for run in runs if run.is_dir())
+    return [path for path in found if not path.stem.endswith("_side_by_side") and "wandb" not in path.parts]
+
+
+def _fps(path: Path) -> float:
+    import av
+
+    with av.open(str(path)) as container:
+        return float(container.streams.video[0].average_rate or 1)
+
+
+def _about(rows: Sequence[Row]) -> list[str]:
+    """Lines: how many cells and of what, and each machine with its versions and commit."""
+    failed = sum(row["status"] != "ok" for row in rows)
+    what = {name: len({row[name] for row in rows}) for name in ("model", "method", "prompt", "seed")}
+    counts = ", ".join(f"{n} {name}{'s' if n > 1 else ''}" for name, n in what.items())
+    lines = [f"{len(rows)} cells{f', {failed} of them failed' if failed else ''}: {counts}."]
+    for row in rows:
+        versions = ", ".join(f"{name} {value}" for name, value in (row["versions"] or {}).items() if value)
+        grid = "x".join(map(str, row["grid"] or []))
+        commit = f"{str(row['commit'])[:12]}{' with uncommitted changes' if row['dirty'] else ''}"
+        lines.append(f"{row['model']}, grid {grid}, on {row['device']}; {versions}; commit {commit}.")
+    return list(dict.fromkeys(lines))
+
+
+def _means(rows: Sequence[Row]) -> list[Row]:
+    """`summary.means` with the variant in words: what differs from others of its model, method and sparsity."""
+    means = summary.means(rows)
+
+    def variant(row: Row) -> str:
+        same = [r["variant"] for r in means if all(r[k] == row[k] for k in ("model", "method", "sparsity"))]
+        return ", ".join(f"{k}={v}" for k, v in row["variant"].items() if any(other.get(k) != v for other in same))
+
+    return [{name: row[name] for name in row if name != "versions"} | {"variant": variant(row)} for row in means]
+
+
+def _columns(rows: Sequence[Row]) -> Row:
+    """Rows as one list of names and a list of values for each, floats to six significant digits.
+
+    A column that says nothing is left out: one without a value, a single device, a status that is always "ok".
+    """
+    said = {name: {row[name] for row in rows} for name in (rows[0] if rows else ())}
+    empty: dict[str, Any] = {"device": {rows[0]["device"]} if rows else set(), "status": {"ok"}}
+    names = [name for name, values in said.items() if not values <= {None, ""} and values != empty.get(name)]
+    values = [[float(f"{v:.6g}") if isinstance(v := row[name], float) else v for name in names] for row in rows]
+    return {"names": names, "rows": values}
+
+
+def _json(data: Any) -> str:
+    """JSON that may stand inside a script element."""
+    return json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+
+
+def _html(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
