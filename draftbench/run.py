@@ -21,13 +21,14 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from . import attention, kernels, layout, media, metrics, records, schema, summary
+from . import attention, heatmaps, kernels, layout, media, metrics, records, schema, summary
 from .attention import DenseParts, Method, Request, Session, Watch
 from .cache import FrameCache, digest
-from .diagnostics import Probe
+from .diagnostics import Probe, Spot
 from .environment import describe
 from .kernels import dense as dense_kernel
 from .latency import Timer, Timing, in_turn
+from .layout import Box
 from .methods.dense import Dense
 from .metrics.lpips import lpips
 from .metrics.psnr import psnr_db
@@ -275,9 +276,10 @@ class Job:
         media.side_by_side(dense, frames, self.folder / f"{number:03}_side_by_side.png", title)
 
     def diagnose(self) -> None:
-        """Write output error and recalled mass by step and layer of the first clip."""
-        probe = Probe(self.method, self.executor, dense_kernel.run, self.parts)
-        self.model.generate(self.request, probe)
+        """Write output error and recalled mass by step and layer of the first clip, and pictures of them."""
+        spot = Spot(**self.config.maps, box=Box(1, *self.config.model.geometry.region))
+        probe = Probe(self.method, self.executor, dense_kernel.run, self.parts, spot=spot)
+        (frames,) = self.model.generate(self.request, probe)
         if not probe.rows:
             print("diagnostics: every call was dense, so there is nothing to tell", file=sys.stderr)
             return
@@ -288,6 +290,15 @@ class Job:
             "sparsity": self.method.sparsity, "prompt": prompt, "seed": seed, "mean": means, "calls": probe.rows,
         }  # fmt: skip
         records.write(note, self.folder / "diagnostics.json")
+        title = f"{self.model.name}, {self.name} at {self.method.sparsity:g}, {prompt!r}, seed {seed}"
+        heatmaps.draw_recall(probe.rows, title, self.folder / "recall.png")
+        if probe.maps:
+            heatmaps.draw_maps(probe.maps, title, self.folder / "maps.png")
+            heatmaps.draw_frames(probe.maps, frames, title, self.folder / "kept_over_frames.png")
+        else:
+            print(
+                f"draftbench: no maps: maps.step={spot.step} maps.layer={spot.layer} is no active call", file=sys.stderr
+            )
         print(f"diagnostics: mean output error {means['error']:.4f}, recalled attention mass {means['mass']:.4f}")
 
     def path(self, number: int, total: int) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib
+import importlib.util
 import math
 import types
 from collections.abc import Iterable, Mapping
@@ -44,6 +44,15 @@ class Latency:
 
     enabled: Switch
     repeats: Count
+
+
+@dataclasses.dataclass
+class Maps:
+    """The call of which diagnostics draws maps."""
+
+    step: Annotated[int | None, "null or an integer of at least 0", lambda x: x is None or x >= 0]
+    layer: Annotated[int | None, "null or an integer of at least 0", lambda x: x is None or x >= 0]
+    head: Annotated[int, "an integer of at least 0", lambda x: x >= 0]
 
 
 @dataclasses.dataclass
@@ -95,6 +104,7 @@ class Config:
     lpips_net: Literal["alex", "vgg"]
     latency: Latency
     diagnostics: Switch
+    maps: Maps
     videos: Switch
     cache: Text
     force: Switch
@@ -183,8 +193,8 @@ def check_tables(config: DictConfig) -> None:
 def check_job(config: DictConfig) -> Model:
     """The model of a checked config, its weights not loaded; raises what it says of itself and of the prompts.
 
-    Also checks the device, the executor on it and that LPIPS has its weights: ValueError, RuntimeError, ImportError
-    or FileNotFoundError, a line or two.
+    Also checks the device, the executor on it, that LPIPS has its weights and diagnostics matplotlib: ValueError,
+    RuntimeError, ImportError or FileNotFoundError, a line or two.
     """
     from .environment import resolve_device
     from .kernels import resolve
@@ -194,6 +204,8 @@ def check_job(config: DictConfig) -> Model:
         from .metrics.lpips import weights_path
 
         weights_path(config.lpips_net)
+    if config.diagnostics and importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("diagnostics=true draws with matplotlib: pip install 'draftbench[figures]'")
     made = model(config)
     made.check(list(config.prompts))
     resolve(config.executor, made.device)
