@@ -17,16 +17,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1 had no null for the fields of LATER and ATTENTION_LATER; `parse` reads it as 2
 
-# Every record has these; one that was not measured is null.
+# Every record has these and those of LATER; what was not measured is null.
 FIELDS = (
     *("schema_version", "kind", "cell_id", "model", "weights_hash", "method", "method_settings", "executor"),
     *("prompt", "seed", "steps", "grid", "sparsity", "sparsity_achieved", "density_effective", "fallback_rows"),
     *("psnr_db", "ssim", "lpips", "generate_s", "step_ms", "attention_ms", "speedup_generate", "speedup_attention"),
     *("baseline_id", "peak_memory_gib", "device", "versions", "commit", "dirty", "status", "timestamp"),
 )
-OPTIONAL = (
+LATER = (
     "latency", "parts_ms", "quality", "frames_sha256", "dense", "labels", "batch", "model_settings", "executors_run",
 )  # fmt: skip
 # Records of kind "attention" (draftbench.bench) have these instead: one contestant on one shape, mask and sparsity.
@@ -37,7 +37,7 @@ ATTENTION = (
     *("device", "versions", "commit", "dirty", "status", "timestamp"),
 )
 # plan_ms: of the selection alone; parts_failed: why parts_ms is null; requested: what the run was asked for.
-ATTENTION_OPTIONAL = ("plan_ms", "parts_failed", "requested")
+ATTENTION_LATER = ("plan_ms", "parts_failed", "requested")
 
 
 def new(**values: Any) -> dict[str, Any]:
@@ -47,9 +47,8 @@ def new(**values: Any) -> dict[str, Any]:
     nor "failed: <reason>" (nor "absent: <reason>" of a contestant that cannot run).
     """
     attention = values.get("kind") == "attention"
-    fields, optional = (ATTENTION, ATTENTION_OPTIONAL) if attention else (FIELDS, OPTIONAL)
-    if unknown := sorted(set(values) - {*fields, *optional}):
-        raise ValueError(f"unknown record fields {unknown}; known: {', '.join((*fields, *optional))}")
+    if unknown := sorted(set(values) - set(fields := _fields(values))):
+        raise ValueError(f"unknown record fields {unknown}; known: {', '.join(fields)}")
     now = datetime.now(UTC).isoformat(timespec="seconds")
     values = {"schema_version": SCHEMA_VERSION, "kind": "cell", "timestamp": now} | values
     record = dict.fromkeys(fields) | values
@@ -64,6 +63,18 @@ def new(**values: Any) -> dict[str, Any]:
         allowed = " or ".join(f"'{name}<reason>'" for name in reasons)
         raise ValueError(f"record field status must be 'ok' or {allowed}, got {status!r}")
     return record
+
+
+def _fields(record: Mapping[str, Any]) -> tuple[str, ...]:
+    return (*ATTENTION, *ATTENTION_LATER) if record.get("kind") == "attention" else (*FIELDS, *LATER)
+
+
+def upgrade(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of any version as one of this version; ValueError for one of a newer draftbench, or of none."""
+    version = record.get("schema_version")
+    if version not in range(1, SCHEMA_VERSION + 1):
+        raise ValueError(f"schema_version must be 1 to {SCHEMA_VERSION}, got {version!r}")
+    return {name: None for name in _fields(record) if name not in record} | {**record, "schema_version": SCHEMA_VERSION}
 
 
 def cell_id(identity: Mapping[str, Any]) -> str:
@@ -129,10 +140,13 @@ def read(path: Path | str) -> dict[str, Any]:
     return record
 
 
-def read_all(paths: Iterable[Path | str]) -> list[dict[str, Any]]:
-    """The records of `files(paths)`. Raises FileNotFoundError for a path that does not exist, ValueError naming a
-    corrupt file."""
-    return [record for path in files(paths) for record in parse(path)]
+def read_all(paths: Iterable[Path | str], damaged: list[str] | None = None) -> list[dict[str, Any]]:
+    """The records of `files(paths)`, of this version.
+
+    Raises FileNotFoundError for a path that does not exist, ValueError naming the file for what is no record; given
+    `damaged`, the message goes there and the good records come back.
+    """
+    return [record for path in files(paths) for record in parse(path, damaged)]
 
 
 def files(paths: Iterable[Path | str]) -> list[Path]:
@@ -149,17 +163,26 @@ def files(paths: Iterable[Path | str]) -> list[Path]:
     return list(found)
 
 
-def parse(path: Path) -> list[dict[str, Any]]:
-    """The records of one file, a line each in a .jsonl; ValueError naming the file if it holds anything else."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        lines = [line for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" else [text]
-        records = [json.loads(line) for line in lines]
-        if not all(isinstance(record, dict) and "schema_version" in record for record in records):
-            raise ValueError("an object without schema_version")
-    except ValueError as error:
-        raise ValueError(f"{path} is not a draftbench record: {error}") from error
-    return records
+def parse(path: Path, damaged: list[str] | None = None) -> list[dict[str, Any]]:
+    """The records of one file, in a .jsonl one a line; errors as `read_all`, which name the line too."""
+    found = []
+    data = path.read_bytes()
+    lines = data.splitlines() if path.suffix == ".jsonl" else [data]
+    for number, line in enumerate(lines, 1):
+        if path.suffix == ".jsonl" and not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("it is no object")
+            found.append(upgrade(record))
+        except ValueError as error:  # of UTF-8, JSON or the version
+            where = f"{path}, line {number}," if path.suffix == ".jsonl" else str(path)
+            message = f"{where} is not a draftbench record: {error}"
+            if damaged is None:
+                raise ValueError(message) from error
+            damaged.append(message)
+    return found
 
 
 class Index:
@@ -193,7 +216,7 @@ def promote(
     """Gather the records of run folders into out/NAME.jsonl, sorted; a cell run again keeps its last ok record.
 
     Failed cells stay as rows that say so; diagnostics go into out/NAME.diagnostics.json. Raises ValueError for no
-    records, mixed schema versions or kinds, uncommitted code (unless allow_dirty) or a bad name, and FileExistsError
+    records, a damaged one, mixed kinds, uncommitted code (unless allow_dirty) or a bad name, and FileExistsError
     for a file that exists (unless force).
     """
     if not name or Path(name).name != name:
@@ -203,8 +226,6 @@ def promote(
     records = read_all(folders)
     if not records:
         raise ValueError("no records under the given folders")
-    if len(versions := {record["schema_version"] for record in records}) > 1:
-        raise ValueError(f"records of schema versions {sorted(versions, key=str)} do not mix")
     if "attention" in (kinds := {str(record.get("kind")) for record in records}) and len(kinds) > 1:
         raise ValueError(f"records of kinds {sorted(kinds)} do not mix")
     dirty = [record for record in records if record.get("dirty") is not False]

@@ -61,6 +61,9 @@ def job(config: DictConfig, folder: Path, group: str | None = None) -> list[dict
     return rows
 
 
+# Out of memory, a plan that the executor refuses, weights that cannot be read; anything else is a bug and ends the job.
+EXPECTED = (RuntimeError, ValueError, OSError, MemoryError)
+UNFINISHED = "failed: it was killed, or is still running"
 Cell: TypeAlias = tuple[str, int]  # prompt and seed
 
 
@@ -89,7 +92,7 @@ class Job:
         self.source = _source(*_classes(self.method), kernels, metrics)
         self.model_source = _source(type(self.model), attention, layout, dense_kernel)
         cache = Path(config.cache).expanduser()
-        self.frames, self.index = FrameCache(cache / "frames"), records.Index(cache / "cells")
+        self.frames, self.index = FrameCache(cache / "frames", config.cache_gb), records.Index(cache / "cells")
         self.memo: dict[tuple[str, Request], list[Clip]] = {}
         self.warm: set[type] = set()
         self.sparse_steps: set[int] = set()  # of a whole generation under the method
@@ -113,12 +116,14 @@ class Job:
             where = ", ".join(sorted({str(self.index.path(row["cell_id"]).parent) for _, row in rows}))
             print(f"{len(rows)} of {len(cells)} cells were finished before, see {where}", file=sys.stderr)
             print("force=true runs them again", file=sys.stderr)
+        failure = None
         if waiting:
-            self.prepare()
+            self.claim([(self.path(number, len(cells)), cell) for number, cell in waiting])
+            failure = self.prepared()
         with tqdm(total=len(cells), initial=len(rows), desc="cells", disable=len(cells) == 1) as bar:
             for start in range(0, len(waiting), self.config.batch):
                 batch = waiting[start : start + self.config.batch]
-                made, clips = self.batch(batch)
+                made, clips = (self.failed(batch, failure), []) if failure else self.batch(batch)
                 for (number, _), row in zip(batch, made, strict=True):
                     path = self.path(number, len(cells))
                     records.write(row, path)
@@ -129,9 +134,25 @@ class Job:
                 if self.config.videos:  # after the records, so that a full disk loses none
                     for (number, cell), (clip, dense) in zip(batch, clips, strict=False):
                         self.show(number, cell, clip.frames, dense)
-        if self.config.diagnostics and self.method.sparse and waiting:
+        if self.config.diagnostics and self.method.sparse and waiting and not failure:
             self.diagnose()
         return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
+
+    def claim(self, waiting: Sequence[tuple[Path, Cell]]) -> None:
+        """Leave a record that says so for every cell that is to come, for the case that the job is killed."""
+        for path, cell in waiting:
+            if not path.exists():  # it may be a finished one, with force=true
+                records.write(self.record(cell, status=UNFINISHED), path)
+
+    def prepared(self) -> Exception | None:
+        """`prepare`, and what went wrong with it, if that is no bug of ours."""
+        try:
+            self.prepare()
+        except EXPECTED as error:
+            if self.config.debug:
+                raise
+            return error
+        return None
 
     def prepare(self) -> None:
         """Time the first clip; controls that need a timing of their own take it here."""
@@ -215,12 +236,13 @@ class Job:
     def reference(self, request: Request) -> list[Tensor]:
         """The dense frames, from the cache if every clip of the batch is there."""
         keys = [self.reference_key(request, i) for i in range(len(request.seeds))]
-        cached = [self.frames.get(key) for key in keys]
-        if (repr(Dense()), request) not in self.memo and all(clip is not None for clip in cached):
-            return [clip for clip in cached if clip is not None]
-        made = [clip.frames for clip in self.clips(Dense(), request)]
-        for key, frames in zip(keys, made, strict=True):
-            _keep("the reference was not cached", partial(self.frames.put, key, frames))
+        with self.frames.making(keys):  # another process that wants the same waits, and then finds it
+            cached = [self.frames.get(key) for key in keys]
+            if (repr(Dense()), request) not in self.memo and all(clip is not None for clip in cached):
+                return [clip for clip in cached if clip is not None]
+            made = [clip.frames for clip in self.clips(Dense(), request)]
+            for key, frames in zip(keys, made, strict=True):
+                _keep("the reference was not cached", partial(self.frames.put, key, frames))
         return made
 
     def batch(self, batch: Sequence[tuple[int, Cell]]) -> tuple[list[dict[str, Any]], list[tuple[Clip, Tensor]]]:
@@ -239,12 +261,17 @@ class Job:
                 values = self.measured(clip, dense, cell[0])
                 rows.append(self.record(cell, steps=changed.steps, peak_memory_gib=peak, **values))
             return rows, list(zip(made, reference, strict=True))
-        except (RuntimeError, ValueError) as error:  # out of memory, or a plan that the executor refuses
+        except EXPECTED as error:
             if self.config.debug:
                 raise
-            reason = f"failed: {str(error).splitlines()[0]}"
-            print(f"draftbench: {self.name} sparsity={self.config.sparsity}: {reason}", file=sys.stderr)
-            return [self.record(cell, status=reason, steps=changed.steps) for _, cell in batch], []
+            return self.failed(batch, error), []
+
+    def failed(self, batch: Sequence[tuple[int, Cell]], error: Exception) -> list[dict[str, Any]]:
+        """The records of a batch that an error ended; tells it."""
+        reason = f"failed: {(str(error) or type(error).__name__).splitlines()[0]}"
+        print(f"draftbench: {self.name} sparsity={self.config.sparsity}: {reason}", file=sys.stderr)
+        steps = self.method.request(self.request).steps
+        return [self.record(cell, status=reason, steps=steps) for _, cell in batch]
 
     def measured(self, clip: Clip, dense: Tensor, prompt: str) -> dict[str, Any]:
         """Fidelity to the dense frames, quality by the model's own checks, and the counted densities."""

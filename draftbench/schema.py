@@ -107,6 +107,7 @@ class Config:
     maps: Maps
     videos: Switch
     cache: Text
+    cache_gb: Annotated[float, "a number above 0", lambda x: x > 0]
     force: Switch
     debug: Switch
     tracking: Tracking

@@ -441,7 +441,7 @@ def spread(ms):
 def test_rows_of_older_runs_have_a_table(rows):
     text = attention_tables.page(rows, "some").markdown()
     assert "Asked for: draft_cpu, " in text and "not asked for: none." in text and f", {bench.RULE}." in text
-    old = [{k: v for k, v in row.items() if k not in records.ATTENTION_OPTIONAL} for row in rows]
+    old = [{k: v for k, v in row.items() if k not in records.ATTENTION_LATER} for row in rows]
     text = attention_tables.page(old, "some").markdown()
     assert not any(word in text for word in ("Asked for", "selection |", "Selection", bench.RULE, "Incomplete"))
 

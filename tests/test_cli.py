@@ -150,7 +150,10 @@ def test_a_failing_job_leaves_the_others(jobs, capsys):
 
 
 def test_a_failing_cell_fails_the_run(jobs, capsys):
-    assert fails(capsys, ["prompts=[turn left, turn right]"], 1) == "1 of 2 cells failed"
+    assert fails(capsys, ["prompts=[turn left, turn right]"], 1).splitlines() == [
+        "draft sparsity=0.75: failed: full (cells: 1)",
+        "draftbench: 1 of 2 cells failed; the same command runs those and what is missing",
+    ]
 
 
 def test_a_failing_job_alone(jobs, capsys):
