@@ -51,16 +51,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def page(runs: Sequence[Path], limit: int) -> tuple[str, str]:
     """The page of run folders, at most `limit` bytes unless its tables alone are more, and what it shows of the clips.
 
-    Raises FileNotFoundError for a folder that does not exist, ValueError for a damaged record or none at all.
+    A damaged record is left out and named. Raises FileNotFoundError for a folder that does not exist, ValueError if
+    there are no records.
     """
-    found = [(path, row) for path in records.files(runs) for row in records.parse(path) if row.get("kind") == "cell"]
+    damaged: list[str] = []
+    everything = [(path, row) for path in records.files(runs) for row in records.parse(path, damaged)]
+    found = [(path, row) for path, row in everything if row["kind"] == "cell"]
     if not found:
         raise ValueError(f"there are no records of cells under {', '.join(map(str, runs))}")
     rows = [row for _, row in found]
     media = Media()
     data: Row = {
         "title": ", ".join(run.resolve().name for run in runs),
-        "about": _about(rows),
+        "about": [*_about(rows), *(f"Left out: {line}" for line in damaged)],
         "means": _columns(_means(rows)),
         "cells": _columns([{name: row.get(name) for name in CELL} for row in rows]),
         "clips": [],

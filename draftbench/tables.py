@@ -3,8 +3,8 @@
 For each file of records a Markdown page, and a CSV and a LaTeX file of each of its tables; a short form of it between
 the README's markers `<!-- table NAME -->` and `<!-- end -->`; a page for each paper of results/quoted; pictures of the
 attention benchmark in results/figures, which hold the digest of their records. `paper=NAME` prints one paper's page and
-writes nothing. Keys: conf/tables.yaml. Exit codes: 0; 1 if `--check` finds something out of date; 2 if nothing was
-done.
+writes nothing. Keys: conf/tables.yaml. Exit codes: 0; 1 if `--check` finds something out of date or
+a record is damaged, which no table has then; 2 if nothing was done.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = _configured(argv)
         if "paper" in config:
             name = next(a.partition("=")[2] for a in argv if a.startswith("paper="))
-            print(_paper(name, config, records.read_all([config.records])).markdown())
-            return 0
+            damaged: list[str] = []
+            print(_paper(name, config, records.read_all([config.records], damaged)).markdown())
+            return _tell(damaged)
         return _all(config)
     except Exception as error:
         print(f"draftbench: {cli.message(error, argv, 'tables')}", file=sys.stderr)
@@ -61,7 +62,8 @@ def _all(config: DictConfig) -> int:
     sources = sorted(Path(config.records).glob("*.jsonl"))
     if not sources:
         raise ValueError(f"records must be a folder with .jsonl files, got {config.records}")
-    rows = {source: records.read_all([source]) for source in sources}
+    damaged: list[str] = []
+    rows = {source: found for source in sources if (found := records.read_all([source], damaged))}
     everything = [row for group in rows.values() for row in group]
     pages = [page(source, group, config) for source, group in rows.items()]
     pages += [_paper(path.stem, config, everything) for path in sorted(Path(config.quoted).glob("*.csv"))]
@@ -84,7 +86,14 @@ def _all(config: DictConfig) -> int:
             else:
                 attention_tables.figure(rows[pictures[path]], temporary, _digest(pictures[path]))
         print(path)
-    return int(bool(config.check and stale))
+    return max(_tell(damaged), int(bool(config.check and stale)))
+
+
+def _tell(damaged: list[str]) -> int:
+    """Name the rows that no table has; 1 if there are any."""
+    for line in damaged:
+        print(f"draftbench: left out: {line}", file=sys.stderr)
+    return int(bool(damaged))
 
 
 def page(source: Path, rows: Rows, config: DictConfig) -> Page:

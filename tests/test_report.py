@@ -76,6 +76,23 @@ def test_a_page_over_its_limit_samples_the_clips_and_says_so(sweep, capsys):
     assert data(none)["clips"] == [] and shown.startswith("0 of 4 clips") and len(data(none)["cells"]["rows"]) == 6
 
 
+def test_a_damaged_record_is_left_out_and_named(sweep):
+    (sweep / "1" / "record_001.json").write_text("{")
+    found = data(report.page([sweep], 10**7)[0])
+    assert len(found["cells"]["rows"]) == 5 and "record_001.json is not a draftbench record" in found["about"][-1]
+
+
+def test_a_page_of_ten_thousand_cells_is_small(tmp_path):
+    cell(tmp_path, 0, shade=None)
+    row = records.read(tmp_path / "record_000.json")
+    lines = [
+        json.dumps(row | {"seed": i, "lpips": 1 / (i + 3), "density_effective": 0.1 + i / 1e5}) for i in range(10_000)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    text, _ = report.page([tmp_path / "rows.jsonl"], 20 * 10**6)
+    assert len(data(text)["cells"]["rows"]) == 10_000 and len(text) < 4e6
+
+
 def test_the_first_clip_of_every_method_comes_before_the_second_of_any(sweep):
     found = [(path, row) for path in records.files([sweep]) for row in records.parse(path)]
     clips = report._in_turn(filter(None, (report._clip(i, *pair) for i, pair in enumerate(found))))

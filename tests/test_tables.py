@@ -1,8 +1,10 @@
 """Tables from records: intervals, paired contrasts, what may not be mixed, and the committed ones."""
 
 import json
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from draftbench import method_tables, records, tables
@@ -134,6 +136,34 @@ def test_the_command_writes_checks_and_says_what_is_stale(tmp_path, capsys):
         (tmp_path / name).write_text("<!-- table some -->\nother\n<!-- end -->\n")
         assert tables.main([*keys, "--check"]) == 1 and f"{name} is out of date" in capsys.readouterr().err
         assert tables.main(keys) == 0
+
+
+def test_a_damaged_row_is_named_and_the_others_have_their_tables(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    lines = [json.dumps(row(seed=seed, psnr=30.0 + seed)) for seed in (0, 1, 2)]
+    (tmp_path / "in" / "some.jsonl").write_text("\n".join([*lines[:2], lines[2][:99]]))
+    (tmp_path / "in" / "none.jsonl").write_text("{")
+    keys = [f"records={tmp_path / 'in'}", f"out={tmp_path / 'out'}", "readme=nowhere", "quoted=nowhere"]
+    assert tables.main(keys) == 1 == tables.main([*keys, "--check"])
+    error = capsys.readouterr().err
+    assert "some.jsonl, line 3, is not a draftbench record" in error and "none.jsonl, line 1" in error
+    assert line((tmp_path / "out" / "some.md").read_text(), "| 0.75 | draft | 2")[5] == "30.50 +- 0.71"
+
+
+def test_ten_thousand_records_take_less_than_ten_seconds(tmp_path):
+    (tmp_path / "in").mkdir()
+    methods = ("dense", "draft", "random", "oracle", "sta", "svg", "a", "b")
+    cells = [(m, s, p, seed) for m in methods for s in (0.5, 0.75, 0.9, 0.95) for p in range(80) for seed in range(4)]
+    noise = iter(np.random.default_rng(0).normal(30, 3, len(cells)))
+    rows = (json.dumps(row(m, s, f"prompt {p}", seed, float(next(noise)))) for m, s, p, seed in cells)
+    (tmp_path / "in" / "some.jsonl").write_text("\n".join(rows))
+    assert len(cells) > 10_000
+    start = time.monotonic()
+    keys = [f"records={tmp_path / 'in'}", f"out={tmp_path / 'out'}", "readme=nowhere", "quoted=nowhere"]
+    assert tables.main(keys) == 0
+    assert time.monotonic() - start < 10
+    text = (tmp_path / "out" / "some.md").read_text()
+    assert len(text.split("## Minus draft")[1].splitlines()) > 24
 
 
 @pytest.mark.parametrize(
