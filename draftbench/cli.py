@@ -318,6 +318,8 @@ def message(error: BaseException, overrides: Sequence[str] = (), name: str = "co
     if isinstance(error, ConfigCompositionException) and "Could not append" in text:
         key = text.partition("already at '")[2].partition("'")[0]
         return f"{key} is in the config already: write {key}=VALUE without the +"
+    if launcher := re.search(r"Could not find 'hydra/launcher/((\w+?)(_\w+)?)'", text):
+        return f"launcher={launcher[1]} needs its plugin: pip install 'draftbench[{launcher[2]}]'"
     if isinstance(error, HydraException):
         return text.partition(" Config search path:")[0]
     if isinstance(error, OSError) and error.strerror and str(error).startswith("[Errno"):

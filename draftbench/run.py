@@ -25,7 +25,7 @@ from . import attention, heatmaps, kernels, layout, media, metrics, records, sch
 from .attention import DenseParts, Method, Request, Session, Watch
 from .cache import FrameCache, digest
 from .diagnostics import Probe, Spot
-from .environment import describe
+from .environment import alone, describe
 from .kernels import dense as dense_kernel
 from .latency import Timer, Timing, in_turn
 from .layout import Box
@@ -51,7 +51,8 @@ def job(config: DictConfig, folder: Path, group: str | None = None) -> list[dict
         config.tracking.mode, config.tracking.project, folder, group or folder.name,
         f"{work.model.name} {work.name} {config.sparsity:g}", plain,
     ) as tracker:  # fmt: skip
-        rows = work.run()
+        with alone(work.model.device):
+            rows = work.run()
         tracker.log_rows(rows)
         if config.videos:
             kinds = (sorted(folder.glob(pattern)) for pattern in ("*.mp4", "*.png"))

@@ -341,20 +341,40 @@ def test_help_imports_no_torch_and_the_working_folder_is_off_the_path():
     assert f"'{ROOT}'" not in last and "''" not in last
 
 
-def test_joblib(jobs, monkeypatch, tmp_path, capfd):
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+@pytest.mark.parametrize(
+    ("launcher", "plugin"),
+    [("joblib", "hydra_joblib_launcher"), ("submitit_local", "hydra_submitit_launcher")],
+)
+def test_launchers(jobs, monkeypatch, tmp_path, capfd, launcher, plugin):
+    pytest.importorskip(f"hydra_plugins.{plugin}")
     folder = tmp_path / "site"
     folder.mkdir()
     (folder / "stand_in.py").write_text(JOB)
     (folder / "sitecustomize.py").write_text("import sys, stand_in\nsys.modules['draftbench.run'] = stand_in\n")
     monkeypatch.setenv("PYTHONPATH", str(folder))  # for the worker processes
-    argv = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=out", "tracking=disabled"]
+    argv = [f"launcher={launcher}", "hydra.sweep.dir=out", "tracking=disabled"]
     assert cli.main(["-m", "+method=dense,sta", "sparsity=0.5,0.75", *argv]) == 1
     assert not jobs
     assert read("out") == [("dense", 0.5), ("dense", 0.75), ("sta", 0.5)]
     assert {row["labels"]["group"] for row in records.read_all(["out"])} == {"out"}
     output = capfd.readouterr()
-    assert "failed: no window meets this" in output.err and "1 of 4 jobs failed" in output.err
+    told = output.err + "".join(path.read_text() for path in Path("out/.submitit").rglob("*.err"))
+    assert "failed: no window meets this" in told and "1 of 4 jobs failed" in output.err
     assert "Traceback" not in output.err
     assert json.loads(Path("out/0/record_0.json").read_text())["status"] == "ok"
     assert "dense" in Path("out/table.txt").read_text()
+
+
+def test_a_launcher_without_its_plugin_is_refused(jobs, capsys, monkeypatch):
+    monkeypatch.setattr(cli.hydra, "compose", lambda *_, **__: (_ for _ in ()).throw(
+        cli.ConfigCompositionException("In 'launcher/submitit_slurm': Could not find 'hydra/launcher/submitit_slurm'")
+    ))  # fmt: skip
+    error = fails(capsys, ["-m", "launcher=submitit_slurm", "sparsity=0.5,0.9"])
+    assert error == "launcher=submitit_slurm needs its plugin: pip install 'draftbench[submitit]'" and not jobs
+
+
+def test_slurms_config_is_one_that_its_launcher_takes():
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    with cli._configs():
+        config = cli.hydra.compose("config", ["launcher=submitit_slurm", "hydra.launcher.partition=gpu"], True)
+    assert config.hydra.launcher._target_.endswith(".SlurmLauncher") and config.hydra.launcher.gpus_per_node == 1
