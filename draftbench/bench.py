@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from . import attention_tables, cli, parts, records, schema
 from .cases import SHAPES, Case, Shape, dense_case, difference, sampled_error, sparse_cases, threads
-from .environment import describe
+from .environment import alone, describe, resolve_device
 from .help import CONFIGS
 from .latency import quantiles
 from .models.pocket.prompts import tokens
@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     code = 0
     try:
-        bench.run(jobs)
+        with alone(resolve_device("auto")):
+            bench.run(jobs)
     except KeyboardInterrupt:
         _say("interrupted")
         code = 130
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"{cli.message(error)}\nThe traceback is in {folder / cli.ERROR}")
         code = 1
     if bench.rows:
-        text = attention_tables.markdown(bench.rows, folder.name)
+        text = attention_tables.page(bench.rows, folder.name).markdown()
         with records.replacing(folder / "table.md") as temporary:
             temporary.write_text(text, encoding="utf-8")
         print(f"\n{text}\nRows and table: {folder}")

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -251,35 +252,41 @@ def gather(jobs: Jobs) -> int:
     """Tell what failed, and for a sweep print, write and log the table of all its records; 1 if anything failed."""
     failures = [folder for folder in jobs.folders if (folder / ERROR).exists()]
     missing = [folder for folder in jobs.folders if not folder.exists()]
-    try:
-        rows = records.read_all(folder for folder in jobs.folders if folder.exists())
-    except ValueError as error:
-        _say(message(error))
-        return 1
-    bad = sum(row["status"] != "ok" for row in rows)
+    damaged: list[str] = []
+    rows = records.read_all((folder for folder in jobs.folders if folder.exists()), damaged)
+    bad = [row for row in rows if row["status"] != "ok"]
     if jobs.key == "hydra.sweep.dir":
         _show_sweep(jobs, rows)
         if failures or missing:
             _say(f"{len(failures) + len(missing)} of {len(jobs.folders)} jobs failed, see {jobs.root}/*/{ERROR}")
+    for line in damaged:
+        _say(f"left out: {line}")
+    for (method, sparsity, status), count in Counter(map(_what, bad)).items():
+        _say(f"{method} sparsity={sparsity:g}: {status} (cells: {count})")
     if bad:
-        _say(f"{bad} of {len(rows)} cells failed")
-    return int(bool(failures or missing or bad))
+        _say(f"{len(bad)} of {len(rows)} cells failed; the same command runs those and what is missing")
+    return int(bool(failures or missing or bad or damaged))
+
+
+def _what(row: dict[str, Any]) -> tuple[str, float, str]:
+    return str(row["method"]), float(row["sparsity"] or 0), str(row["status"])
 
 
 def _baselines(jobs: Jobs) -> list[dict[str, Any]]:
     """The first dense timing of each model and grid, for a sweep that has no dense job."""
-    found = [records.read(path) for folder in jobs.folders if (path := folder / "baseline.json").exists()]
+    paths = [path for folder in jobs.folders if (path := folder / "baseline.json").exists()]
+    found = records.read_all(paths, damaged=[])
     first = {(row["model"], tuple(row["grid"])): row for row in reversed(found)}
     return list(first.values())
 
 
 def _show_sweep(jobs: Jobs, rows: list[dict[str, Any]]) -> None:
-    from . import report, tracking
+    from . import summary, tracking
 
     rows = list({row["cell_id"]: row for row in rows}.values())  # dense cells come back at every sparsity
     if all(row["method"] != "dense" for row in rows):
         rows = [*_baselines(jobs), *rows]
-    table = report.table(rows)
+    table = summary.table(rows)
     print(f"\n{table}\n\nTable, records and videos: {jobs.root}")
     try:
         with records.replacing(jobs.root / "table.txt") as temporary:
@@ -313,6 +320,8 @@ def message(error: BaseException, overrides: Sequence[str] = (), name: str = "co
     if isinstance(error, ConfigCompositionException) and "Could not append" in text:
         key = text.partition("already at '")[2].partition("'")[0]
         return f"{key} is in the config already: write {key}=VALUE without the +"
+    if launcher := re.search(r"Could not find 'hydra/launcher/((\w+?)(_\w+)?)'", text):
+        return f"launcher={launcher[1]} needs its plugin: pip install 'draftbench[{launcher[2]}]'"
     if isinstance(error, HydraException):
         return text.partition(" Config search path:")[0]
     if isinstance(error, OSError) and error.strerror and str(error).startswith("[Errno"):

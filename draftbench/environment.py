@@ -13,7 +13,10 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +56,32 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+@contextmanager
+def alone(device: torch.device) -> Iterator[None]:
+    """Have a GPU for oneself among the runs of draftbench on this machine, so that none is timed beside another.
+
+    A CPU is not held. Says so on stderr if it has to wait; a run that is killed lets go.
+    """
+    import torch
+
+    if device.type != "cuda":
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    uuid = torch.cuda.get_device_properties(device).uuid
+    lock = FileLock(Path(tempfile.gettempdir()) / f"draftbench-{uuid}.lock", mode=0o666)  # for other users too
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print("draftbench: waiting for the GPU, which another run holds", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def commit() -> dict[str, Any]:

@@ -17,16 +17,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1 had no null for the fields of LATER and ATTENTION_LATER; `parse` reads it as 2
 
-# Every record has these; one that was not measured is null.
+# Every record has these and those of LATER; what was not measured is null.
 FIELDS = (
     *("schema_version", "kind", "cell_id", "model", "weights_hash", "method", "method_settings", "executor"),
     *("prompt", "seed", "steps", "grid", "sparsity", "sparsity_achieved", "density_effective", "fallback_rows"),
     *("psnr_db", "ssim", "lpips", "generate_s", "step_ms", "attention_ms", "speedup_generate", "speedup_attention"),
     *("baseline_id", "peak_memory_gib", "device", "versions", "commit", "dirty", "status", "timestamp"),
 )
-OPTIONAL = (
+LATER = (
     "latency", "parts_ms", "quality", "frames_sha256", "dense", "labels", "batch", "model_settings", "executors_run",
     "dense_kernel",
     "no_quality",  # why psnr_db, ssim, lpips and quality are absent
@@ -39,7 +39,7 @@ ATTENTION = (
     *("device", "versions", "commit", "dirty", "status", "timestamp"),
 )
 # plan_ms: of the selection alone; parts_failed: why parts_ms is null; requested: what the run was asked for.
-ATTENTION_OPTIONAL = ("plan_ms", "parts_failed", "requested")
+ATTENTION_LATER = ("plan_ms", "parts_failed", "requested")
 
 
 def new(**values: Any) -> dict[str, Any]:
@@ -49,9 +49,8 @@ def new(**values: Any) -> dict[str, Any]:
     nor "failed: <reason>" (nor "absent: <reason>" of a contestant that cannot run).
     """
     attention = values.get("kind") == "attention"
-    fields, optional = (ATTENTION, ATTENTION_OPTIONAL) if attention else (FIELDS, OPTIONAL)
-    if unknown := sorted(set(values) - {*fields, *optional}):
-        raise ValueError(f"unknown record fields {unknown}; known: {', '.join((*fields, *optional))}")
+    if unknown := sorted(set(values) - set(fields := _fields(values))):
+        raise ValueError(f"unknown record fields {unknown}; known: {', '.join(fields)}")
     now = datetime.now(UTC).isoformat(timespec="seconds")
     values = {"schema_version": SCHEMA_VERSION, "kind": "cell", "timestamp": now} | values
     record = dict.fromkeys(fields) | values
@@ -68,10 +67,33 @@ def new(**values: Any) -> dict[str, Any]:
     return record
 
 
+def _fields(record: Mapping[str, Any]) -> tuple[str, ...]:
+    return (*ATTENTION, *ATTENTION_LATER) if record.get("kind") == "attention" else (*FIELDS, *LATER)
+
+
+def upgrade(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of any version as one of this version; ValueError for one of a newer draftbench, or of none."""
+    version = record.get("schema_version")
+    if version not in range(1, SCHEMA_VERSION + 1):
+        raise ValueError(f"schema_version must be 1 to {SCHEMA_VERSION}, got {version!r}")
+    return {name: None for name in _fields(record) if name not in record} | {**record, "schema_version": SCHEMA_VERSION}
+
+
 def cell_id(identity: Mapping[str, Any]) -> str:
     """First 16 hex digits of the SHA-256 of the canonical JSON of everything that shapes the cell; 1 is not 1.0."""
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested names joined by dots; lists as JSON."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = json.dumps(value) if isinstance(value, list | tuple) else value
+    return found
 
 
 @contextmanager
@@ -116,33 +138,53 @@ def append(record: Mapping[str, Any], path: Path | str) -> None:
 
 def read(path: Path | str) -> dict[str, Any]:
     """One record; ValueError naming the file if it is not one."""
-    (record,) = _parse(Path(path), lines=False)
+    (record,) = parse(Path(path))
     return record
 
 
-def read_all(paths: Iterable[Path | str]) -> list[dict[str, Any]]:
-    """The records of files, and of every record*.json and *.jsonl under folders (W&B's own files left out).
+def read_all(paths: Iterable[Path | str], damaged: list[str] | None = None) -> list[dict[str, Any]]:
+    """The records of `files(paths)`, of this version.
 
-    Raises FileNotFoundError for a path that does not exist, ValueError naming a corrupt file.
+    Raises FileNotFoundError for a path that does not exist, ValueError naming the file for what is no record; given
+    `damaged`, the message goes there and the good records come back.
     """
-    files: dict[Path, None] = {}
+    return [record for path in files(paths) for record in parse(path, damaged)]
+
+
+def files(paths: Iterable[Path | str]) -> list[Path]:
+    """Files as they are, and every record*.json and *.jsonl under folders (W&B's own files left out), each once.
+
+    Raises FileNotFoundError for a path that does not exist.
+    """
+    found: dict[Path, None] = {}
     for path in (Path(p) for p in paths):
         if not path.exists():
             raise FileNotFoundError(f"no such run folder or record: {path}")
-        found = sorted({*path.rglob("record*.json"), *path.rglob("*.jsonl")}) if path.is_dir() else [path]
-        files |= {f.resolve(): None for f in found if path == f or "wandb" not in f.relative_to(path).parts}
-    return [record for file in files for record in _parse(file, lines=file.suffix == ".jsonl")]
+        inside = sorted({*path.rglob("record*.json"), *path.rglob("*.jsonl")}) if path.is_dir() else [path]
+        found |= {f.resolve(): None for f in inside if path == f or "wandb" not in f.relative_to(path).parts}
+    return list(found)
 
 
-def _parse(path: Path, lines: bool) -> list[dict[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        records = [json.loads(line) for line in text.splitlines() if line.strip()] if lines else [json.loads(text)]
-        if not all(isinstance(record, dict) and "schema_version" in record for record in records):
-            raise ValueError("an object without schema_version")
-    except ValueError as error:
-        raise ValueError(f"{path} is not a draftbench record: {error}") from error
-    return records
+def parse(path: Path, damaged: list[str] | None = None) -> list[dict[str, Any]]:
+    """The records of one file, in a .jsonl one a line; errors as `read_all`, which name the line too."""
+    found = []
+    data = path.read_bytes()
+    lines = data.splitlines() if path.suffix == ".jsonl" else [data]
+    for number, line in enumerate(lines, 1):
+        if path.suffix == ".jsonl" and not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("it is no object")
+            found.append(upgrade(record))
+        except ValueError as error:  # of UTF-8, JSON or the version
+            where = f"{path}, line {number}," if path.suffix == ".jsonl" else str(path)
+            message = f"{where} is not a draftbench record: {error}"
+            if damaged is None:
+                raise ValueError(message) from error
+            damaged.append(message)
+    return found
 
 
 class Index:
@@ -176,7 +218,7 @@ def promote(
     """Gather the records of run folders into out/NAME.jsonl, sorted; a cell run again keeps its last ok record.
 
     Failed cells stay as rows that say so; diagnostics go into out/NAME.diagnostics.json. Raises ValueError for no
-    records, mixed schema versions or kinds, uncommitted code (unless allow_dirty) or a bad name, and FileExistsError
+    records, a damaged one, mixed kinds, uncommitted code (unless allow_dirty) or a bad name, and FileExistsError
     for a file that exists (unless force).
     """
     if not name or Path(name).name != name:
@@ -186,8 +228,6 @@ def promote(
     records = read_all(folders)
     if not records:
         raise ValueError("no records under the given folders")
-    if len(versions := {record["schema_version"] for record in records}) > 1:
-        raise ValueError(f"records of schema versions {sorted(versions, key=str)} do not mix")
     if "attention" in (kinds := {str(record.get("kind")) for record in records}) and len(kinds) > 1:
         raise ValueError(f"records of kinds {sorted(kinds)} do not mix")
     dirty = [record for record in records if record.get("dirty") is not False]

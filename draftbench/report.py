@@ -1,230 +1,204 @@
-"""What a run shows: MP4s that play in a browser, side-by-side pictures, contact sheets and the plain-text table."""
+"""One HTML page of runs, with no server and no network: `python -m draftbench.report RUN_FOLDER... [--out FILE]`.
+
+Sortable tables of the means and of every cell, heat maps, and a player of the dense clip, the method's and their
+difference in step. Everything is inside the file, which stays under a limit: clips are taken in turn from every method
+and sparsity while they fit, and the page says how many there are. The page itself is report.html beside this file.
+"""
 
 from __future__ import annotations
 
+import argparse
+import base64
+import hashlib
 import json
-import math
+import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from fractions import Fraction
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from itertools import chain, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
-from .records import replacing
+from . import records, summary
 
-if TYPE_CHECKING:
-    from PIL import Image
-    from torch import Tensor
-
-# What `means` averages, with the head and the format of its column.
-MEASURES = {
-    "sparsity_achieved": ("achieved", "{:.3f}"),
-    "density_effective": ("density", "{:.3f}"),
-    "psnr_db": ("psnr_db", "{:.2f}"),
-    "ssim": ("ssim", "{:.4f}"),
-    "lpips": ("lpips", "{:.4f}"),
-    "generate_s": ("generate_s", "{:.2f}"),
-    "speedup_generate": ("speedup", "{:.2f}x"),
-    "speedup_attention": ("attention", "{:.2f}x"),
-}
-_INK, _GREY = "#1a1a1a", "#70757a"
-_MARGIN, _GAP, _LABEL = 28, 8, 132
+Row: TypeAlias = dict[str, Any]
+CELL = (
+    *("model", "method", "sparsity", "prompt", "seed", *summary.MEASURES, "device", "status"),
+)  # what the page shows of a record
 
 
-def write_video(frames: Tensor, path: Path | str, fps: float) -> None:
-    """Write uint8 frames [T, 3, h, w] as H.264, yuv420p, BT.709, MP4 with its index in front.
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the page and say where it is; returns the exit code, 2 for what cannot be read or written."""
+    parser = argparse.ArgumentParser("python -m draftbench.report", description="One HTML page of runs.")
+    parser.add_argument("runs", nargs="+", metavar="RUN_FOLDER", type=Path, help="of one run or of a sweep")
+    parser.add_argument("--out", type=Path, help="the page; report.html in the first folder if left out")
+    parser.add_argument("--limit", type=float, default=20.0, metavar="MB", help="of the page (20)")
+    options = parser.parse_args(argv)
+    out = options.out or options.runs[0] / "report.html"
+    try:
+        if not options.limit > 0:
+            raise ValueError(f"--limit must be above 0 MB, got {options.limit:g}")
+        text, shown = page(options.runs, int(options.limit * 1e6))
+        with records.replacing(out) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except (OSError, ValueError) as error:
+        print(f"draftbench: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+        return 2
+    print(f"{out}: {len(text.encode()) / 1e6:.1f} MB, {shown}")
+    return 0
 
-    Frames whose shorter side is below 256 pixels are enlarged by a whole factor; an odd side grows by one pixel.
-    Raises TypeError or ValueError for other frames or fps <= 0, OSError naming the path if it cannot be written.
+
+def page(runs: Sequence[Path], limit: int) -> tuple[str, str]:
+    """The page of run folders, at most `limit` bytes unless its tables alone are more, and what it shows of the clips.
+
+    A damaged record is left out and named. Raises FileNotFoundError for a folder that does not exist, ValueError if
+    there are no records.
     """
+    damaged: list[str] = []
+    everything = [(path, row) for path in records.files(runs) for row in records.parse(path, damaged)]
+    found = [(path, row) for path, row in everything if row["kind"] == "cell"]
+    if not found:
+        raise ValueError(f"there are no records of cells under {', '.join(map(str, runs))}")
+    rows = [row for _, row in found]
+    media = Media()
+    data: Row = {
+        "title": ", ".join(run.resolve().name for run in runs),
+        "about": [*_about(rows), *(f"Left out: {line}" for line in damaged)],
+        "means": _columns(_means(rows)),
+        "cells": _columns([{name: row.get(name) for name in CELL} for row in rows]),
+        "clips": [],
+        "pictures": [],
+        "media": media.held,
+    }
+    template = (files(__package__) / "report.html").read_text(encoding="utf-8")
+    left = limit - len(template.encode()) - len(_json(data).encode()) - 1000
+    for path in _pictures(runs):
+        if media.cost(path) <= left:
+            left -= media.cost(path)
+            data["pictures"].append({"name": f"{path.parent.name}/{path.stem}", "media": media.add(path)})
+    candidates = _in_turn([clip for number, (path, row) in enumerate(found) if (clip := _clip(number, path, row))])
+    for clip in candidates:
+        cost = media.cost(clip["dense"], clip["method"]) + 400
+        if cost <= left:
+            left -= cost
+            kept = {name: media.add(clip[name]) for name in ("dense", "method")}
+            data["clips"].append({"cell": clip["cell"], "picture": None, "fps": _fps(clip["method"])} | kept)
+            clip["shown"] = data["clips"][-1]
+    for clip in candidates:  # what is left goes to their pictures
+        if "shown" in clip and clip["picture"].is_file() and media.cost(clip["picture"]) <= left:
+            left -= media.cost(clip["picture"])
+            clip["shown"]["picture"] = media.add(clip["picture"])
+    data["clips"].sort(key=lambda clip: clip["cell"])
+    shown = f"{len(data['clips'])} of {len(candidates)} clips with videos"
+    data["shown"] = shown if not candidates or len(data["clips"]) == len(candidates) else (
+        f"{shown} (the page is at most {limit / 1e6:g} MB; taken in turn from every method and sparsity, in the order "
+        "of prompts and seeds)"
+    )  # fmt: skip
+    return template.replace("__TITLE__", _html(data["title"])).replace("__DATA__", _json(data)), data["shown"]
+
+
+class Media:
+    """Files by the hash of their content, so that a dense clip that many methods share is held once."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, str] = {}
+        self._known: dict[Path, tuple[str, int]] = {}
+
+    def add(self, path: Path) -> str:
+        """Hold a file, as base64, and return its key."""
+        key, _ = self._key(path)
+        self.held[key] = base64.b64encode(path.read_bytes()).decode()
+        return key
+
+    def cost(self, *paths: Path) -> int:
+        """What holding these adds to the page, in bytes."""
+        return sum(size for key, size in {self._key(path) for path in paths} if key not in self.held)
+
+    def _key(self, path: Path) -> tuple[str, int]:
+        if path not in self._known:
+            data = path.read_bytes()
+            self._known[path] = hashlib.sha256(data).hexdigest()[:16], 4 * len(data) // 3 + 30
+        return self._known[path]
+
+
+def _clip(number: int, path: Path, row: Row) -> Row | None:
+    """The files of a cell's clip, or None if it has no videos; a dense cell has nothing to compare."""
+    clip = path.stem.partition("_")[2] or "000"
+    dense, method = (path.with_name(f"{clip}_{name}.mp4") for name in ("dense", row["method"]))
+    if dense == method or not (dense.is_file() and method.is_file()):
+        return None
+    return {
+        "cell": number, "dense": dense, "method": method, "picture": path.with_name(f"{clip}_side_by_side.png"),
+        "group": (row["model"], row["method"], row["sparsity"]), "order": (row["prompt"], row["seed"]),
+    }  # fmt: skip
+
+
+def _in_turn(clips: Iterable[Row]) -> list[Row]:
+    """The first clip of every model, method and sparsity, then the second of each, and so on."""
+    groups: dict[Any, list[Row]] = defaultdict(list)
+    for clip in sorted(clips, key=lambda clip: (*clip["group"], *clip["order"])):
+        groups[clip["group"]].append(clip)
+    return [clip for clip in chain.from_iterable(zip_longest(*groups.values())) if clip]
+
+
+def _pictures(runs: Sequence[Path]) -> list[Path]:
+    """Every picture of the runs that is not of one clip: heat maps and the like."""
+    found = chain.from_iterable(sorted(run.rglob("*.png")) for run in runs if run.is_dir())
+    return [path for path in found if not path.stem.endswith("_side_by_side") and "wandb" not in path.parts]
+
+
+def _fps(path: Path) -> float:
     import av
-    import torch
 
-    from .metrics import check_frames
-
-    check_frames(frames, frames)
-    if not len(frames) or not fps > 0:
-        raise ValueError(f"a video needs at least one frame and fps > 0, got {len(frames)} and {fps}")
-    frames = _enlarge(frames, 256)
-    rows, columns = (torch.arange(size + size % 2).clamp(max=size - 1) for size in frames.shape[-2:])
-    frames = frames[..., rows[:, None], columns].permute(0, 2, 3, 1).contiguous()
-    options = {"movflags": "+faststart"}
-    with replacing(path) as temporary, av.open(str(temporary), "w", format="mp4", options=options) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16"})
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
-        codec = stream.codec_context
-        codec.colorspace = codec.color_primaries = codec.color_trc = 1  # BT.709, so that players agree on the colours
-        codec.color_range = 1
-        for picture in frames.numpy():
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+    with av.open(str(path)) as container:
+        return float(container.streams.video[0].average_rate or 1)
 
 
-def side_by_side(
-    reference: Tensor, frames: Tensor, path: Path | str, title: Mapping[str, object], columns: int = 6, gain: int = 4
-) -> None:
-    """A PNG of the dense frames, the method's and |difference| times `gain`; both clips are uint8 [T, 3, h, w].
-
-    title: what to write above, name to value; its "method" labels the second row. Errors as `write_video`.
-    """
-    from .metrics import check_frames
-
-    check_frames(frames, reference)
-    difference = ((frames.int() - reference.int()).abs() * gain).clamp(max=255).byte()
-    label = str(title.get("method", "method"))
-    rows = [("dense", reference), (label, frames), (f"difference x{gain}", difference)]
-    _page(rows, path, columns, title)
-
-
-def contact_sheet(
-    rows: Sequence[tuple[str, Tensor]], path: Path | str, columns: int = 6, title: Mapping[str, object] | None = None
-) -> None:
-    """A PNG with a row for each clip: its label, then evenly spaced frames of uint8 [T, 3, h, w]; errors as above."""
-    from .metrics import check_frames
-
-    for _, frames in rows:
-        check_frames(frames, frames)
-    _page(rows, path, columns, title or {})
-
-
-def _enlarge(frames: Tensor, shorter: int) -> Tensor:
-    """Repeat pixels by the least whole factor that brings the shorter side to `shorter` pixels."""
-    factor = max(1, math.ceil(shorter / min(frames.shape[-2:])))
-    return frames.cpu().repeat_interleave(factor, -2).repeat_interleave(factor, -1)
-
-
-def _pictures(frames: Tensor, columns: int) -> tuple[list[int], list[Image.Image]]:
-    """Up to `columns` evenly spaced frames: their numbers, and pictures of a size to print."""
-    from PIL import Image
-
-    last = len(frames) - 1
-    count = min(columns, len(frames))
-    numbers = [round(i * last / max(1, count - 1)) for i in range(count)]
-    chosen = _enlarge(frames[numbers], 128).permute(0, 2, 3, 1).contiguous().numpy()
-    pictures = [Image.fromarray(picture) for picture in chosen]
-    return numbers, [picture.reduce(max(1, math.ceil(picture.width / 320))) for picture in pictures]
-
-
-def _page(rows: Sequence[tuple[str, Tensor]], path: Path | str, columns: int, title: Mapping[str, object]) -> None:
-    """Draw a white page: title, frame numbers where all clips share them, labels left, pictures."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    if not rows or columns < 1 or not all(len(frames) for _, frames in rows):
-        raise ValueError("a picture needs at least one clip, one frame in each and one column")
-    font = ImageFont.load_default(size=16)
-    cells = [_pictures(frames, columns) for _, frames in rows]
-    step = max(picture.width for _, pictures in cells for picture in pictures) + _GAP
-    left = _MARGIN + _LABEL
-    width = left + step * max(len(pictures) for _, pictures in cells) - _GAP + _MARGIN
-    labels = [_wrap(label.split(), " ", font, _LABEL - 14) for label, _ in rows]
-    heights = [max(pictures[0].height, 20 * len(label)) for (_, pictures), label in zip(cells, labels, strict=True)]
-    header = _wrap([f"{name}: {value}" for name, value in title.items()], "     ", font, width - 2 * _MARGIN)
-    numbered = all(numbers == cells[0][0] for numbers, _ in cells)
-    y = _MARGIN + 24 * len(header) + (12 if header else 0)
-    page = Image.new("RGB", (width, y + 24 * numbered + sum(heights) + _GAP * (len(rows) - 1) + _MARGIN), "white")
-    draw = ImageDraw.Draw(page)
-    for i, line in enumerate(header):
-        draw.text((_MARGIN, _MARGIN + 24 * i), line, _INK, font)
-    if numbered:
-        for i, number in enumerate(cells[0][0]):
-            draw.text((left + step * i + (step - _GAP) / 2, y), f"frame {number}", _GREY, font, anchor="ma")
-        y += 24
-    for label, (_, pictures), height in zip(labels, cells, heights, strict=True):
-        for i, line in enumerate(label):
-            draw.text((_MARGIN, y + height / 2 + 20 * (i - (len(label) - 1) / 2)), line, _INK, font, anchor="lm")
-        for i, picture in enumerate(pictures):
-            x = left + step * i + (step - _GAP - picture.width) // 2
-            page.paste(picture, (x, y + (height - picture.height) // 2))
-        y += height + _GAP
-    with replacing(path) as temporary:
-        page.save(temporary, format="PNG")
-
-
-def _wrap(pieces: Sequence[str], gap: str, font: Any, width: float) -> list[str]:
-    """Join pieces by `gap` into lines of at most `width` pixels; a longer piece has a line of its own."""
-    lines: list[str] = []
-    for piece in pieces:
-        if lines and font.getlength(lines[-1] + gap + piece) <= width:
-            lines[-1] += gap + piece
-        else:
-            lines.append(piece)
-    return lines
-
-
-def means(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each device, versions, model, method, sparsity and variant, the dense baseline of a model first.
-
-    A row has those, n (ok cells) and the mean of each of MEASURES over the cells that have it, else None. The variant
-    holds the settings, executor, grid and steps. Cells that failed are left out.
-    """
-    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = defaultdict(list)
-    for record in records:
-        if record["status"] == "ok":
-            groups[_group(record)].append(record)
-    rows = []
-    for key in sorted(groups):
-        cells = groups[key]
-        row = {name: cells[0][name] for name in ("device", "versions", "model", "method", "sparsity")}
-        row |= {"variant": _variant(cells[0]), "n": len(cells)}
-        for name in MEASURES:
-            values = [cell[name] for cell in cells if cell.get(name) is not None]
-            row[name] = sum(values) / len(values) if values else None
-        rows.append(row)
-    return rows
-
-
-def _group(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    machine = (str(record["device"]), json.dumps(record["versions"], sort_keys=True))
-    method = (record["method"] != "dense", str(record["method"]), record["sparsity"] or 0.0)
-    return (*machine, str(record["model"]), *method, json.dumps(_variant(record), sort_keys=True))
-
-
-def _variant(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {**(record["method_settings"] or {}), **{name: record[name] for name in ("executor", "grid", "steps")}}
-
-
-def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """The means as plain text, one block for each device and set of versions, then the failed cells and why.
-
-    The last column tells variants of one method and sparsity apart; a dash is a number that no cell has.
-    """
-    rows = means(records)
-    blocks = []
-    machines = list(dict.fromkeys((str(row["device"]), json.dumps(row["versions"])) for row in rows))
-    for machine in machines:
-        block = [row for row in rows if (str(row["device"]), json.dumps(row["versions"])) == machine]
-        versions = block[0]["versions"] or {}
-        used = [f"{name} {versions[name]}" for name in ("torch", "triton", "cuda") if versions.get(name)]
-        blocks.append("\n".join([", ".join([machine[0], *used]), *_lines(block)]))
-    failed = [record for record in records if record["status"] != "ok"]
-    if failed:
-        blocks.append("\n".join(_failure(record) for record in failed))
-    return "\n\n".join(blocks) or "no records"
-
-
-def _lines(rows: list[dict[str, Any]]) -> list[str]:
-    head = ["model", "method", "sparsity", "n", *(short for short, _ in MEASURES.values()), ""]
-    body = []
+def _about(rows: Sequence[Row]) -> list[str]:
+    """Lines: how many cells and of what, and each machine with its versions and commit."""
+    failed = sum(row["status"] != "ok" for row in rows)
+    what = {name: len({row[name] for row in rows}) for name in ("model", "method", "prompt", "seed")}
+    counts = ", ".join(f"{n} {name}{'s' if n > 1 else ''}" for name, n in what.items())
+    lines = [f"{len(rows)} cells{f', {failed} of them failed' if failed else ''}: {counts}."]
     for row in rows:
-        same = [r["variant"] for r in rows if all(r[k] == row[k] for k in ("model", "method", "sparsity"))]
-        differing = [k for k, v in row["variant"].items() if any(other.get(k) != v for other in same)]
-        names = [str(row["model"]), str(row["method"]), _number(row["sparsity"], "{:g}"), str(row["n"])]
-        numbers = [_number(row[name], style) for name, (_, style) in MEASURES.items()]
-        body.append([*names, *numbers, " ".join(f"{k}={row['variant'][k]}" for k in differing)])
-    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-    pads = [str.ljust, str.ljust, *[str.rjust] * (len(head) - 3), str.ljust]
-    return [
-        "  ".join(pad(text, width) for pad, text, width in zip(pads, line, widths, strict=True)).rstrip()
-        for line in [head, *body]
-    ]
+        versions = ", ".join(f"{name} {value}" for name, value in (row["versions"] or {}).items() if value)
+        grid = "x".join(map(str, row["grid"] or []))
+        commit = f"{str(row['commit'])[:12]}{' with uncommitted changes' if row['dirty'] else ''}"
+        lines.append(f"{row['model']}, grid {grid}, on {row['device']}; {versions}; commit {commit}.")
+    return list(dict.fromkeys(lines))
 
 
-def _number(value: float | None, style: str) -> str:
-    return "-" if value is None else style.format(value)
+def _means(rows: Sequence[Row]) -> list[Row]:
+    """`summary.means` with the variant in words: what differs from others of its model, method and sparsity."""
+    means = summary.means(rows)
+
+    def variant(row: Row) -> str:
+        same = [r["variant"] for r in means if all(r[k] == row[k] for k in ("model", "method", "sparsity"))]
+        return ", ".join(f"{k}={v}" for k, v in row["variant"].items() if any(other.get(k) != v for other in same))
+
+    return [{name: row[name] for name in row if name != "versions"} | {"variant": variant(row)} for row in means]
 
 
-def _failure(record: Mapping[str, Any]) -> str:
-    cell = f"{record['model']} {record['method']} sparsity {_number(record['sparsity'], '{:g}')}"
-    return f"{record['status']} ({cell}, prompt {record['prompt']!r}, seed {record['seed']})"
+def _columns(rows: Sequence[Row]) -> Row:
+    """Rows as one list of names and a list of values for each, floats to six significant digits.
+
+    A column that says nothing is left out: one without a value, a single device, a status that is always "ok".
+    """
+    said = {name: {row[name] for row in rows} for name in (rows[0] if rows else ())}
+    empty: dict[str, Any] = {"device": {rows[0]["device"]} if rows else set(), "status": {"ok"}}
+    names = [name for name, values in said.items() if not values <= {None, ""} and values != empty.get(name)]
+    values = [[float(f"{v:.6g}") if isinstance(v := row[name], float) else v for name in names] for row in rows]
+    return {"names": names, "rows": values}
+
+
+def _json(data: Any) -> str:
+    """JSON that may stand inside a script element."""
+    return json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+
+
+def _html(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -21,13 +21,14 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from . import attention, kernels, layout, metrics, records, report, schema
+from . import attention, heatmaps, kernels, layout, media, metrics, records, schema, summary
 from .attention import DenseParts, Method, Request, Session, Watch
 from .cache import FrameCache, digest
-from .diagnostics import Probe
-from .environment import describe
+from .diagnostics import Probe, Spot
+from .environment import alone, describe
 from .kernels import dense as dense_kernel
 from .latency import Timer, Timing, in_turn
+from .layout import Box
 from .methods.dense import Dense
 from .metrics.lpips import lpips
 from .metrics.psnr import psnr_db
@@ -51,16 +52,20 @@ def job(config: DictConfig, folder: Path, group: str | None = None) -> list[dict
         config.tracking.mode, config.tracking.project, folder, group or folder.name,
         f"{work.model.name} {work.name} {config.sparsity:g}", plain,
     ) as tracker:  # fmt: skip
-        rows = work.run()
+        with alone(work.model.device):
+            rows = work.run()
         tracker.log_rows(rows)
         if config.videos:
             kinds = (sorted(folder.glob(pattern)) for pattern in ("*.mp4", "*.png"))
             tracker.log_files(*({path.stem: path for path in paths} for paths in kinds))
-    print(report.table(rows if work.name == "dense" or not work.baseline else [work.baseline, *rows]))
+    print(summary.table(rows if work.name == "dense" or not work.baseline else [work.baseline, *rows]))
     print(f"records, videos and pictures: {folder}")
     return rows
 
 
+# Out of memory, a plan that the executor refuses, weights that cannot be read; anything else is a bug and ends the job.
+EXPECTED = (RuntimeError, ValueError, OSError, MemoryError)
+UNFINISHED = "failed: it was killed, or is still running"
 Cell: TypeAlias = tuple[str, int]  # prompt and seed
 
 
@@ -90,7 +95,7 @@ class Job:
         self.source = _source(*_classes(self.method), kernels, metrics)
         self.model_source = _source(type(self.model), attention, layout, dense_kernel, hook)
         cache = Path(config.cache).expanduser()
-        self.frames, self.index = FrameCache(cache / "frames"), records.Index(cache / "cells")
+        self.frames, self.index = FrameCache(cache / "frames", config.cache_gb), records.Index(cache / "cells")
         self.memo: dict[tuple[str, Request], list[Clip]] = {}
         self.warm: set[type] = set()
         self.sparse_steps: set[int] = set()  # of a whole generation under the method
@@ -116,12 +121,14 @@ class Job:
             where = ", ".join(sorted({str(self.index.path(row["cell_id"]).parent) for _, row in rows}))
             print(f"{len(rows)} of {len(cells)} cells were finished before, see {where}", file=sys.stderr)
             print("force=true runs them again", file=sys.stderr)
+        failure = None
         if waiting:
-            self.prepare()
+            self.claim([(self.path(number, len(cells)), cell) for number, cell in waiting])
+            failure = self.prepared()
         with tqdm(total=len(cells), initial=len(rows), desc="cells", disable=len(cells) == 1) as bar:
             for start in range(0, len(waiting), self.config.batch):
                 batch = waiting[start : start + self.config.batch]
-                made, clips = self.batch(batch)
+                made, clips = (self.failed(batch, failure), []) if failure else self.batch(batch)
                 for (number, _), row in zip(batch, made, strict=True):
                     path = self.path(number, len(cells))
                     records.write(row, path)
@@ -132,11 +139,27 @@ class Job:
                 if self.config.videos and not self.no_quality:  # after the records, so that a full disk loses none
                     for (number, cell), (clip, dense) in zip(batch, clips, strict=False):
                         self.show(number, cell, clip.frames, dense)
-        if self.config.diagnostics and self.method.sparse and waiting and not self.no_quality:
+        if self.config.diagnostics and self.method.sparse and waiting and not failure and not self.no_quality:
             self.diagnose()
         if self.no_quality:
             print(f"draftbench: no quality, videos or diagnostics: {self.no_quality}", file=sys.stderr)
         return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
+
+    def claim(self, waiting: Sequence[tuple[Path, Cell]]) -> None:
+        """Leave a record that says so for every cell that is to come, for the case that the job is killed."""
+        for path, cell in waiting:
+            if not path.exists():  # it may be a finished one, with force=true
+                records.write(self.record(cell, status=UNFINISHED), path)
+
+    def prepared(self) -> Exception | None:
+        """`prepare`, and what went wrong with it, if that is no bug of ours."""
+        try:
+            self.prepare()
+        except EXPECTED as error:
+            if self.config.debug:
+                raise
+            return error
+        return None
 
     def prepare(self) -> None:
         """Time the first clip; controls that need a timing of their own take it here."""
@@ -220,12 +243,13 @@ class Job:
     def reference(self, request: Request) -> list[Tensor]:
         """The dense frames, from the cache if every clip of the batch is there."""
         keys = [self.reference_key(request, i) for i in range(len(request.seeds))]
-        cached = [self.frames.get(key) for key in keys]
-        if (repr(Dense()), request) not in self.memo and all(clip is not None for clip in cached):
-            return [clip for clip in cached if clip is not None]
-        made = [clip.frames for clip in self.clips(Dense(), request)]
-        for key, frames in zip(keys, made, strict=True):
-            _keep("the reference was not cached", partial(self.frames.put, key, frames))
+        with self.frames.making(keys):  # another process that wants the same waits, and then finds it
+            cached = [self.frames.get(key) for key in keys]
+            if (repr(Dense()), request) not in self.memo and all(clip is not None for clip in cached):
+                return [clip for clip in cached if clip is not None]
+            made = [clip.frames for clip in self.clips(Dense(), request)]
+            for key, frames in zip(keys, made, strict=True):
+                _keep("the reference was not cached", partial(self.frames.put, key, frames))
         return made
 
     def batch(self, batch: Sequence[tuple[int, Cell]]) -> tuple[list[dict[str, Any]], list[tuple[Clip, Tensor]]]:
@@ -244,12 +268,17 @@ class Job:
                 values = self.counted(clip) if self.no_quality else self.measured(clip, reference[i], cell[0])
                 rows.append(self.record(cell, steps=changed.steps, peak_memory_gib=peak, **values))
             return rows, list(zip(made, reference, strict=False))
-        except (RuntimeError, ValueError) as error:  # out of memory, or a plan that the executor refuses
+        except EXPECTED as error:
             if self.config.debug:
                 raise
-            reason = f"failed: {str(error).splitlines()[0]}"
-            print(f"draftbench: {self.name} sparsity={self.config.sparsity}: {reason}", file=sys.stderr)
-            return [self.record(cell, status=reason, steps=changed.steps) for _, cell in batch], []
+            return self.failed(batch, error), []
+
+    def failed(self, batch: Sequence[tuple[int, Cell]], error: Exception) -> list[dict[str, Any]]:
+        """The records of a batch that an error ended; tells it."""
+        reason = f"failed: {(str(error) or type(error).__name__).splitlines()[0]}"
+        print(f"draftbench: {self.name} sparsity={self.config.sparsity}: {reason}", file=sys.stderr)
+        steps = self.method.request(self.request).steps
+        return [self.record(cell, status=reason, steps=steps) for _, cell in batch]
 
     def measured(self, clip: Clip, dense: Tensor, prompt: str) -> dict[str, Any]:
         """Fidelity to the dense frames, quality by the model's own checks, and the counted densities."""
@@ -281,15 +310,16 @@ class Job:
 
     def show(self, number: int, cell: Cell, frames: Tensor, dense: Tensor) -> None:
         """Write both videos and the side-by-side picture of a clip."""
-        report.write_video(dense, self.folder / f"{number:03}_dense.mp4", self.model.fps)
-        report.write_video(frames, self.folder / f"{number:03}_{self.name}.mp4", self.model.fps)
+        media.write_video(dense, self.folder / f"{number:03}_dense.mp4", self.model.fps)
+        media.write_video(frames, self.folder / f"{number:03}_{self.name}.mp4", self.model.fps)
         title = {"method": self.name, "sparsity": self.config.sparsity, "prompt": cell[0], "seed": cell[1]}
-        report.side_by_side(dense, frames, self.folder / f"{number:03}_side_by_side.png", title)
+        media.side_by_side(dense, frames, self.folder / f"{number:03}_side_by_side.png", title)
 
     def diagnose(self) -> None:
-        """Write output error and recalled mass by step and layer of the first clip."""
-        probe = Probe(self.method, self.executor, dense_kernel.run, self.parts)
-        self.model.generate(self.request, probe)
+        """Write output error and recalled mass by step and layer of the first clip, and pictures of them."""
+        spot = Spot(**self.config.maps, box=Box(1, *self.config.model.geometry.region))
+        probe = Probe(self.method, self.executor, dense_kernel.run, self.parts, spot=spot)
+        (frames,) = self.model.generate(self.request, probe)
         if not probe.rows:
             print("diagnostics: every call was dense, so there is nothing to tell", file=sys.stderr)
             return
@@ -300,6 +330,15 @@ class Job:
             "sparsity": self.method.sparsity, "prompt": prompt, "seed": seed, "mean": means, "calls": probe.rows,
         }  # fmt: skip
         records.write(note, self.folder / "diagnostics.json")
+        title = f"{self.model.name}, {self.name} at {self.method.sparsity:g}, {prompt!r}, seed {seed}"
+        heatmaps.draw_recall(probe.rows, title, self.folder / "recall.png")
+        if probe.maps:
+            heatmaps.draw_maps(probe.maps, title, self.folder / "maps.png")
+            heatmaps.draw_frames(probe.maps, frames, title, self.folder / "kept_over_frames.png")
+        else:
+            print(
+                f"draftbench: no maps: maps.step={spot.step} maps.layer={spot.layer} is no active call", file=sys.stderr
+            )
         print(f"diagnostics: mean output error {means['error']:.4f}, recalled attention mass {means['mass']:.4f}")
 
     def path(self, number: int, total: int) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib
+import importlib.util
 import math
 import types
 from collections.abc import Iterable, Mapping
@@ -45,6 +45,15 @@ class Latency:
 
     enabled: Switch
     repeats: Count
+
+
+@dataclasses.dataclass
+class Maps:
+    """The call of which diagnostics draws maps."""
+
+    step: Annotated[int | None, "null or an integer of at least 0", lambda x: x is None or x >= 0]
+    layer: Annotated[int | None, "null or an integer of at least 0", lambda x: x is None or x >= 0]
+    head: Annotated[int, "an integer of at least 0", lambda x: x >= 0]
 
 
 @dataclasses.dataclass
@@ -96,8 +105,10 @@ class Config:
     lpips_net: Literal["alex", "vgg"]
     latency: Latency
     diagnostics: Switch
+    maps: Maps
     videos: Switch
     cache: Text
+    cache_gb: Annotated[float, "a number above 0", lambda x: x > 0]
     force: Switch
     debug: Switch
     tracking: Tracking
@@ -116,6 +127,29 @@ class Bench:
     budget_s: Annotated[float, "a number above 0", lambda x: x > 0]
     prompt: Text
     seed: Annotated[int, "an integer from 0 to 2^31 - 1", lambda x: 0 <= x < 2**31]
+
+
+@dataclasses.dataclass
+class Contrasts:
+    """What draftbench.tables compares, and how its bootstrap draws."""
+
+    against: Annotated[list[str], "a list of distinct methods", str.strip]
+    metrics: list[Literal["psnr_db", "ssim", "lpips"]]
+    draws: Annotated[int, "an integer of at least 1000", lambda x: x >= 1000]
+    seed: Annotated[int, "an integer from 0 to 2^31 - 1", lambda x: 0 <= x < 2**31]
+
+
+@dataclasses.dataclass
+class Tables:
+    """The keys of draftbench.tables; conf/paper says what `paper` holds."""
+
+    records: Text
+    quoted: Text
+    out: Text
+    figures: Text
+    readme: Text
+    check: Switch
+    contrasts: Contrasts
 
 
 _LISTS = ("prompts", "seeds", "metrics")  # one item may stand for the list
@@ -154,11 +188,16 @@ def check_bench(config: DictConfig) -> None:
     _fields(config.bench, Bench, "bench.")
 
 
+def check_tables(config: DictConfig) -> None:
+    """As `check`, for the config of draftbench.tables."""
+    _fields(OmegaConf.masked_copy(config, [str(name) for name in config if name != "paper"]), Tables, "")
+
+
 def check_job(config: DictConfig) -> Model:
     """The model of a checked config, its weights not loaded; raises what it says of itself and of the prompts.
 
-    Also checks the device, the executor on it and that LPIPS has its weights: ValueError, RuntimeError, ImportError
-    or FileNotFoundError, a line or two.
+    Also checks the device, the executor on it, that LPIPS has its weights and diagnostics matplotlib: ValueError,
+    RuntimeError, ImportError or FileNotFoundError, a line or two.
     """
     from .environment import resolve_device
     from .kernels import resolve
@@ -168,6 +207,8 @@ def check_job(config: DictConfig) -> Model:
         from .metrics.lpips import weights_path
 
         weights_path(config.lpips_net)
+    if config.diagnostics and importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("diagnostics=true draws with matplotlib: pip install 'draftbench[figures]'")
     made = model(config)
     made.check(list(config.prompts))
     resolve(config.executor, made.device)

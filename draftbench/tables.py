@@ -1,164 +1,114 @@
 """Tables from committed records: `python -m draftbench.tables` rewrites results/tables from results/records.
 
-One Markdown file for each file of records, and a short form of it between the README's markers
-`<!-- table NAME -->` and `<!-- end -->`; one row a method and sparsity. Means over clips; the contrasts (each method
-minus random, minus draft) are paired by clip, with a seeded bootstrap that resamples prompts and then seeds within
-them. A table never mixes devices, versions, weights or grids: it refuses. Records of kind "attention" have tables of
-their own, and a picture in results/figures that holds the digest of its records.
+For each file of records a Markdown page, and a CSV and a LaTeX file of each of its tables; a short form of it between
+the README's markers `<!-- table NAME -->` and `<!-- end -->`; a page for each paper of results/quoted; pictures of the
+attention benchmark in results/figures, which hold the digest of their records. `paper=NAME` prints one paper's page and
+writes nothing. Keys: conf/tables.yaml. Exit codes: 0; 1 if `--check` finds something out of date or
+a record is damaged, which no table has then; 2 if nothing was done.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import re
 import sys
-from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig, OmegaConf
 
-from . import attention_tables, records
+from . import attention_tables, cli, method_tables, paper_tables, records, schema
+from .help import CONFIGS
+from .tabular import Page
 
-DRAWS = 2000
-METRICS = ("psnr_db", "ssim", "lpips")
-SAME = (
-    "device", "versions", "weights_hash", "grid", "model", "model_settings", "dense", "executor", "batch", "commit",
-)  # fmt: skip
-ALIKE = ("method_settings", "steps")  # within a method at a sparsity
-CONTRASTS = ("random", "draft")
+Rows = list[dict[str, Any]]
 
 
-def interval(by_prompt: dict[str, list[float]], draws: int = DRAWS, seed: int = 0) -> tuple[float, float, float]:
-    """(Mean, low, high): 95% bootstrap interval of a clip mean; prompts are resampled, then their seeds."""
-    rng = np.random.default_rng(seed)
-    groups = [np.array(by_prompt[prompt]) for prompt in sorted(by_prompt)]
-    sizes = np.array([len(group) for group in groups])
-    values = np.zeros((len(groups), sizes.max()))
-    for row, group in zip(values, groups, strict=True):
-        row[: len(group)] = group
-    prompts = rng.integers(len(groups), size=(draws, len(groups)))
-    drawn = sizes[prompts][..., None]
-    clips = (rng.random((draws, len(groups), sizes.max())) * drawn).astype(int)
-    live = np.arange(sizes.max()) < drawn  # as many clips of a prompt as it has
-    means = (values[prompts[..., None], clips] * live).sum((1, 2)) / live.sum((1, 2))
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(np.concatenate(groups).mean()), float(low), float(high)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; errors go to stderr in a line or two."""
+    argv = ["check=true" if a == "--check" else a for a in (sys.argv[1:] if argv is None else argv)]
+    argv = cli.normalise(argv, ["paper"])
+    if {"-h", "--help"} & set(argv):
+        print(f"{__doc__}\nKeys and their defaults:\n\n{OmegaConf.to_yaml(_configured([]))}".strip())
+        return 0
+    try:
+        config = _configured(argv)
+        if "paper" in config:
+            name = next(a.partition("=")[2] for a in argv if a.startswith("paper="))
+            damaged: list[str] = []
+            print(_paper(name, config, records.read_all([config.records], damaged)).markdown())
+            return _tell(damaged)
+        return _all(config)
+    except Exception as error:
+        print(f"draftbench: {cli.message(error, argv, 'tables')}", file=sys.stderr)
+        return 2
 
 
-def check_same(rows: list[dict[str, Any]], source: str) -> None:
-    """Raise ValueError, naming the field, if rows that share a table differ in what must be the same."""
-    for name in SAME:
-        values = {repr(row.get(name)) for row in rows}
-        if len(values) > 1:
-            raise ValueError(f"{source}: rows with different {name} share no table: {', '.join(sorted(values))}")
-    for name in ALIKE:
-        found: dict[tuple[str, float], set[str]] = defaultdict(set)
-        for row in rows:
-            found[row["method"], row["sparsity"]].add(repr(row.get(name)))
-        for (method, sparsity), values in found.items():
-            if len(values) > 1:
-                raise ValueError(
-                    f"{source}: {method} at {sparsity:g} has different {name}: {', '.join(sorted(values))}"
-                )
+def _configured(argv: Sequence[str]) -> DictConfig:
+    """The config; ValueError or Hydra's errors for what is not allowed."""
+    if flags := [argument for argument in argv if argument.startswith("-")]:
+        raise ValueError(f"there is no option {flags[0]}: keys are written key=value (see --help)")
+    with initialize_config_module(CONFIGS, version_base="1.3"):
+        config = compose("tables", list(argv))
+    schema.check_tables(config)
+    return config
 
 
-def markdown(rows: list[dict[str, Any]], source: str) -> str:
-    """The tables of one file of records."""
-    check_same(rows, source)
-    cells: dict[tuple[float, str], list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        cells[row["sparsity"], row["method"]].append(row)
-    first = rows[0]
-    versions = ", ".join(f"{name} {value}" for name, value in first["versions"].items() if value)
-    out = [
-        f"# {source}",
-        "",
-        f"{first['model']}, token grid {'x'.join(map(str, first['grid']))}, weights `{first['weights_hash'][:12]}`, "
-        f"on one {first['device']}, {versions}, commit `{first['commit'][:12]}`. "
-        "Generated by `python -m draftbench.tables`.",
-        "",
-        "Mean over clips; PSNR, SSIM and LPIPS against the dense clip of the same prompt, seed and noise; speed-ups "
-        "over the dense timing of the same process; achieved: sparsity of the active calls; density: executed pairs of "
-        "all steps, layers and text; motion, scene: share of clips in which pocket's judge sees what was asked for.",
-        "",
-        "| sparsity | method | clips | achieved | density | PSNR dB | SSIM | LPIPS | motion | scene | generate s "
-        "| speed-up | attention |",
-        "|" + "---|" * 13,
-    ]
-    for (sparsity, method), group in sorted(cells.items(), key=_order):
-        ok = [row for row in group if row["status"] == "ok"]
-        if not ok:
-            out.append(f"| {sparsity:g} | {method} | {group[0]['status']} |" + " |" * 10)
+def _all(config: DictConfig) -> int:
+    """Write whatever differs, or with check only tell it; 1 if that found anything."""
+    sources = sorted(Path(config.records).glob("*.jsonl"))
+    if not sources:
+        raise ValueError(f"records must be a folder with .jsonl files, got {config.records}")
+    damaged: list[str] = []
+    rows = {source: found for source in sources if (found := records.read_all([source], damaged))}
+    everything = [row for group in rows.values() for row in group]
+    pages = [page(source, group, config) for source, group in rows.items()]
+    pages += [_paper(path.stem, config, everything) for path in sorted(Path(config.quoted).glob("*.csv"))]
+    out = Path(config.out)
+    files = {out / name: text for made in pages for name, text in made.files().items()}
+    if len({made.name for made in pages}) < len(pages):
+        raise ValueError("two pages have one name: rename a file of records or of quoted numbers")
+    if (readme_path := Path(config.readme)).is_file():
+        files[readme_path] = readme(readme_path.read_text(), {source.stem: short(g) for source, g in rows.items()})
+    pictures = {Path(config.figures) / f"{s.stem}.png": s for s, group in rows.items() if _attention(group)}
+    stale = [path for path, source in pictures.items() if _drawn_from(path) != _digest(source)]
+    stale += [path for path, text in files.items() if not path.is_file() or path.read_text() != text]
+    for path in stale:
+        if config.check:
+            print(f"{path} is out of date; run `make tables`", file=sys.stderr)
             continue
-        failed = sorted({row["status"] for row in group} - {"ok"})
-        clips = f"{len(ok)} of {len(group)}; {'; '.join(failed)}" if failed else f"{len(ok)}"
-        quality = [row["quality"]["method"] for row in ok if row.get("quality")]
-        out.append(
-            f"| {sparsity:g} | {method} | {clips} | {_mean(ok, 'sparsity_achieved', '.3f')} "
-            f"| {_mean(ok, 'density_effective', '.3f')} | {_mean(ok, 'psnr_db', '.2f')} +- {_sd(ok)} "
-            f"| {_mean(ok, 'ssim', '.3f')} | {_mean(ok, 'lpips', '.3f')} | {_mean(quality, 'motion_right', '.2f')} "
-            f"| {_mean(quality, 'scene_right', '.2f')} | {_mean(ok, 'generate_s', '.2f')} "
-            f"| {_mean(ok, 'speedup_generate', '.2f')} | {_mean(ok, 'speedup_attention', '.2f')} |"
-        )
-    dense = [row["quality"]["dense"] for row in rows if row.get("quality")]
-    out += [
-        "",
-        f"+-: standard deviation over clips. The dense clips: motion {_mean(dense, 'motion_right', '.2f')}, scene "
-        f"{_mean(dense, 'scene_right', '.2f')}.",
-    ]
-    for base in CONTRASTS:
-        out += ["", *contrasts(cells, base)]
-    return "\n".join(out) + "\n"
+        with records.replacing(path) as temporary:
+            if path in files:
+                temporary.write_text(files[path])
+            else:
+                attention_tables.figure(rows[pictures[path]], temporary, _digest(pictures[path]))
+        print(path)
+    return max(_tell(damaged), int(bool(config.check and stale)))
 
 
-def short(rows: list[dict[str, Any]]) -> str:
-    """The table for the README: a row a method, PSNR and LPIPS at each sparsity; of attention, what matters most."""
+def _tell(damaged: list[str]) -> int:
+    """Name the rows that no table has; 1 if there are any."""
+    for line in damaged:
+        print(f"draftbench: left out: {line}", file=sys.stderr)
+    return int(bool(damaged))
+
+
+def page(source: Path, rows: Rows, config: DictConfig) -> Page:
+    """The page of a file of records, with the diagnostics beside it if there are any."""
     if _attention(rows):
-        return attention_tables.short(rows)
-    groups: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        if row["status"] == "ok" and row["method"] != "dense":
-            groups[row["method"], row["sparsity"]].append(row)
-    levels = sorted({sparsity for _, sparsity in groups})
-    out = [
-        "| PSNR dB / LPIPS (clips) | " + " | ".join(f"{level:.0%}" for level in levels) + " |",
-        "|---" * (len(levels) + 1) + "|",
-    ]
-    for method in sorted({name for name, _ in groups}):
-        cells = [groups.get((method, level), []) for level in levels]
-        texts = [f"{_mean(g, 'psnr_db', '.1f')} / {_mean(g, 'lpips', '.3f')} ({len(g)})" if g else "-" for g in cells]
-        out.append(f"| `{method}` | " + " | ".join(texts) + " |")
-    return "\n".join(out)
-
-
-def page(source: Path, rows: list[dict[str, Any]]) -> str:
-    """The whole page of a file of records: its tables, and that of the diagnostics beside it if there are any."""
-    if _attention(rows):
-        return attention_tables.markdown(rows, source.stem)
+        return attention_tables.page(rows, source.stem)
     notes = source.with_suffix(".diagnostics.json")
-    tail = "\n" + recalled(json.loads(notes.read_text())) if notes.is_file() else ""
-    return markdown(rows, source.stem) + tail
+    found = json.loads(notes.read_text()) if notes.is_file() else []
+    rule = method_tables.Contrasts(**OmegaConf.to_container(config.contrasts))  # type: ignore[arg-type]
+    return method_tables.page(rows, source.stem, rule, found)
 
 
-def recalled(notes: list[dict[str, Any]]) -> str:
-    """The table of diagnostics: output error and recalled attention mass on the dense trajectory."""
-    prompts = sorted({f"{note['prompt']} (seed {note['seed']})" for note in notes})
-    out = [
-        "## On the dense trajectory",
-        "",
-        f"Means over the active calls of one clip: {', '.join(prompts)}. error: ||O - O_sparse|| / ||O||; mass: the "
-        "share of attention that the kept blocks recall. By layer and step in results/records.",
-        "",
-        "| sparsity | method | error | mass |",
-        "|---|---|---|---|",
-    ]
-    for note in notes:
-        mean = note["mean"]
-        out.append(f"| {note['sparsity']:g} | {note['method']} | {mean['error']:.3f} | {mean['mass']:.3f} |")
-    return "\n".join(out) + "\n"
+def short(rows: Rows) -> str:
+    """The table of a file of records for the README."""
+    return (attention_tables if _attention(rows) else method_tables).short(rows).grid()
 
 
 def readme(text: str, tables: dict[str, str]) -> str:
@@ -172,61 +122,16 @@ def readme(text: str, tables: dict[str, str]) -> str:
     return re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
 
 
-def contrasts(cells: dict[tuple[float, str], list[dict[str, Any]]], base: str) -> list[str]:
-    """Lines of a table: every method minus `base`, clip by clip."""
-    out = [
-        f"## Minus {base}",
-        "",
-        f"Paired by prompt and seed; 95% intervals, {DRAWS} bootstrap draws of prompts, then seeds. Not corrected for "
-        "their number.",
-        "",
-        "| sparsity | method | PSNR dB | SSIM | LPIPS |",
-        "|---|---|---|---|---|",
-    ]
-    for (sparsity, method), group in sorted(cells.items(), key=_order):
-        other = {(row["prompt"], row["seed"]): row for row in cells.get((sparsity, base), []) if row["status"] == "ok"}
-        if method in (base, "dense") or not other:
-            continue
-        columns = []
-        for metric in METRICS:
-            pairs: dict[str, list[float]] = defaultdict(list)
-            for row in group:
-                twin = other.get((row["prompt"], row["seed"]))
-                if twin and row["status"] == "ok" and None not in (row[metric], twin[metric]):
-                    pairs[row["prompt"]].append(row[metric] - twin[metric])
-            mean, low, high = interval(pairs) if pairs else (0.0, 0.0, 0.0)
-            spread = f" [{low:+.3f}, {high:+.3f}]" if sum(map(len, pairs.values())) > 1 else ""  # one clip has none
-            columns.append(f"{mean:+.3f}{spread}" if pairs else "-")
-        if any(column != "-" for column in columns):
-            out.append(f"| {sparsity:g} | {method} | " + " | ".join(columns) + " |")
-    return out
+def _paper(name: str, config: DictConfig, rows: Rows) -> Page:
+    """The page of one paper, configured by conf/paper/NAME.yaml, its numbers in NAME.csv."""
+    with initialize_config_module(CONFIGS, version_base="1.3"):
+        plain = OmegaConf.to_container(compose("tables", [f"paper={name}"]).paper)
+    paper = paper_tables.Paper(**plain)  # type: ignore[arg-type]
+    return paper_tables.page(name, paper, paper_tables.read(Path(config.quoted) / f"{name}.csv"), rows)
 
 
-def _order(item: tuple[tuple[float, str], Any]) -> tuple[Any, ...]:
-    (sparsity, method), _ = item
-    return method != "dense", sparsity, method
-
-
-def _mean(rows: list[dict[str, Any]], name: str, form: str) -> str:
-    values = [row[name] for row in rows if row.get(name) is not None]
-    return format(sum(values) / len(values), form) if values else "-"
-
-
-def _sd(rows: list[dict[str, Any]]) -> str:
-    values = [row["psnr_db"] for row in rows if row["psnr_db"] is not None]
-    return f"{np.std(values, ddof=1):.2f}" if len(values) > 1 else "-"
-
-
-def draw(source: Path, rows: list[dict[str, Any]], path: Path, check: bool) -> bool:
-    """Draw the picture of a file of records again unless it is of these records; False if it is not and `check`."""
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    if path.is_file() and _drawn_from(path) == digest:
-        return True
-    if not check:
-        with records.replacing(path) as temporary:
-            attention_tables.figure(rows, temporary, digest)
-        print(path)
-    return not check
+def _digest(source: Path) -> str:
+    return hashlib.sha256(source.read_bytes()).hexdigest()
 
 
 def _drawn_from(path: Path) -> str | None:
@@ -240,51 +145,9 @@ def _drawn_from(path: Path) -> str | None:
         return None
 
 
-def _attention(rows: list[dict[str, Any]]) -> bool:
+def _attention(rows: Rows) -> bool:
     return rows[0].get("kind") == "attention"
 
 
-def main(arguments: list[str]) -> int:
-    """Rewrite the tables; --check only compares, and exits with 1 if a file differs."""
-    parser = argparse.ArgumentParser("python -m draftbench.tables", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--records", type=Path, default=Path("results/records"))
-    parser.add_argument("--out", type=Path, default=Path("results/tables"))
-    parser.add_argument("--figures", type=Path, default=Path("results/figures"))
-    parser.add_argument("--readme", type=Path, default=Path("README.md"))
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a table is out of date")
-    options = parser.parse_args(arguments)
-    sources = sorted(options.records.glob("*.jsonl"))
-    if not sources:
-        print(f"--records: there are no .jsonl files in {options.records}", file=sys.stderr)
-        return 2
-    rows = {source.stem: records.read_all([source]) for source in sources}
-    pages = {options.out / f"{source.stem}.md": page(source, rows[source.stem]) for source in sources}
-    if options.readme.is_file():
-        tables = {name: short(group) for name, group in rows.items()}
-        pages[options.readme] = readme(options.readme.read_text(), tables)
-    stale = 0
-    for source in sources:
-        if _attention(rows[source.stem]):
-            picture = options.figures / f"{source.stem}.png"
-            if not draw(source, rows[source.stem], picture, options.check):
-                print(f"{picture} is out of date; run `make tables`", file=sys.stderr)
-                stale = 1
-    for path, content in pages.items():
-        if path.is_file() and path.read_text() == content:
-            continue
-        if options.check:
-            print(f"{path} is out of date; run `make tables`", file=sys.stderr)
-            stale = 1
-            continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with records.replacing(path) as temporary:
-            Path(temporary).write_text(content)
-        print(path)
-    return stale
-
-
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except OSError as error:
-        sys.exit(f"draftbench: {error.filename or 'a table'} could not be written: {error.strerror or error}")
+    sys.exit(main())

@@ -5,7 +5,6 @@ W&B may fail; results may not. What goes wrong at the start is an error before a
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, cast, get_args
 
-from .report import MEASURES, means
+from .records import flat
+from .summary import MEASURES, means
 
 Mode = Literal["offline", "online", "disabled"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -59,7 +59,7 @@ class Tracker:
             return
         import wandb
 
-        rows = [_flat(record) for record in records]
+        rows = [flat(record) for record in records]
         columns: list[str | int] = list(dict.fromkeys(name for row in rows for name in row))
         groups = means(records)
         with self._forgiving("log the rows"), _staging(self.folder / "wandb" / "staging"):
@@ -115,17 +115,6 @@ def log_sweep(
             tracker.log_rows(records)
     except RuntimeError as error:
         warnings.warn(f"{error}; the results are in {folder}", stacklevel=2)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested names joined by dots; lists as JSON."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = json.dumps(value) if isinstance(value, list | tuple) else value
-    return flat
 
 
 @contextmanager

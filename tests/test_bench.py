@@ -368,13 +368,13 @@ def test_promote_tables_and_picture(run, rows, tmp_path, capsys):
     source = records.promote([run], "some", tmp_path / "in", allow_dirty=True)
     promoted = records.read_all([source])
     assert sorted(row["cell_id"] for row in promoted) == sorted(row["cell_id"] for row in rows)
-    folders = [f"--{name}={tmp_path / name}" for name in ("out", "figures")]
-    folders += [f"--records={tmp_path / 'in'}", f"--readme={tmp_path / 'R.md'}"]
+    folders = [f"{name}={tmp_path / name}" for name in ("out", "figures")]
+    folders += [f"records={tmp_path / 'in'}", f"readme={tmp_path / 'R.md'}", f"quoted={tmp_path}"]
     (tmp_path / "R.md").write_text("<!-- table some -->\n<!-- end -->\n")
     assert tables.main([*folders, "--check"]) == 1 and not (tmp_path / "figures").exists()
     assert "some.png is out of date" in capsys.readouterr().err
     assert tables.main(folders) == 0 and tables.main([*folders, "--check"]) == 0
-    assert (tmp_path / "out" / "some.md").read_text() == attention_tables.markdown(promoted, "some")
+    assert (tmp_path / "out" / "some.md").read_text() == attention_tables.page(promoted, "some").markdown()
     assert "| tiny, 90%: share of the ideal, whole operation | 0." in (tmp_path / "R.md").read_text()
     source.write_text(source.read_text().replace("sdpa", "spda"))
     capsys.readouterr()
@@ -392,7 +392,7 @@ def test_kinds_do_not_mix(run, tmp_path):
 @pytest.mark.parametrize("name", ["device", "versions", "commit", "run", "budget_s"])
 def test_tables_never_mix(rows, name):
     with pytest.raises(ValueError, match=f"^some: rows with different {name}.* share no table: "):
-        attention_tables.markdown([*rows[:-1], rows[-1] | {name: "another"}], "some")
+        attention_tables.page([*rows[:-1], rows[-1] | {name: "another"}], "some").markdown()
     with pytest.raises(ValueError, match="rows with different device"):
         attention_tables.check_same([*rows, *(row | {"shape": "b", "run": "b", "device": "c"} for row in rows)], "x")
     attention_tables.check_same([*rows, *(row | {"shape": "b", "run": "b"} for row in rows)], "some")
@@ -409,7 +409,7 @@ def test_what_matters_most_is_computed_from_the_rows(rows):
     kernel |= {"ms": spread(12.0), "kept_pairs": 100, "tflops": 456.0, "ideal_share": 0.625}
     even |= {"ms": spread(10.0), "kept_pairs": 125, "ideal_share": 0.7}
     trimmed |= {"ms": spread(15.0), "kept_pairs": 125}
-    text = attention_tables.short(rows).splitlines()
+    text = attention_tables.short(rows).grid().splitlines()
     assert text[0] == "| | cpu |" and text[1] == "|---|---|"
     lines = [
         "ms, whole operation | 13.25 [12.25, 14.25] |", "share of the ideal, whole operation | 0.50 |",
@@ -428,7 +428,7 @@ def test_what_matters_most_is_computed_from_the_rows(rows):
         ("slow", 3.0, "balanced"),
     ]
     rows += [kernel | {"contestant": name, "ms": spread(ms), "mask": mask} for name, ms, mask in others]
-    text = attention_tables.short(rows).splitlines()
+    text = attention_tables.short(rows).grid().splitlines()
     assert text[0] == "| | cpu | other kernel |" and f"| tiny, 90%: {lines[0]} - |" in text
     assert f"| tiny, 90%: {lines[4]} best 8.000 [7.000, 9.000], 0.62; near 9.500 [8.500, 10.50], 0.62 |" in text
     assert f"| tiny, 90%: {lines[5]} slow 3.000 [2.000, 4.000], 0.62 |" in text
@@ -439,10 +439,10 @@ def spread(ms):
 
 
 def test_rows_of_older_runs_have_a_table(rows):
-    text = attention_tables.markdown(rows, "some")
+    text = attention_tables.page(rows, "some").markdown()
     assert "Asked for: draft_cpu, " in text and "not asked for: none." in text and f", {bench.RULE}." in text
-    old = [{k: v for k, v in row.items() if k not in records.ATTENTION_OPTIONAL} for row in rows]
-    text = attention_tables.markdown(old, "some")
+    old = [{k: v for k, v in row.items() if k not in records.ATTENTION_LATER} for row in rows]
+    text = attention_tables.page(old, "some").markdown()
     assert not any(word in text for word in ("Asked for", "selection |", "Selection", bench.RULE, "Incomplete"))
 
 
@@ -457,7 +457,7 @@ def test_four_digits(value, text):
 
 def test_a_reason_that_holds_the_word_absent_is_a_failure(rows):
     row = rows[-1] | {"status": "failed: KeyError: absent", "ms": None}
-    text = attention_tables.markdown([*rows[:-1], row], "some")
+    text = attention_tables.page([*rows[:-1], row], "some").markdown()
     assert f"- {row['contestant']}: failed: KeyError: absent ({row['mask']} {row['sparsity']:g})" in text
     with pytest.raises(ValueError, match=r"'ok' or 'failed: <reason>' or 'absent: <reason>', got 'odd'"):
         records.new(kind="attention", status="odd")

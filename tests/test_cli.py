@@ -107,8 +107,20 @@ def test_one_job(jobs, argv, cell):
 
 @pytest.mark.parametrize("experiment", ["experiment=draft_table1", "+experiment=draft_table1"])
 def test_experiment_in_both_spellings(jobs, experiment):
-    assert cli.main([experiment]) == 0
-    assert (jobs[0][0].model.steps, jobs[0][0].dense.steps) == (50, 0.3)
+    """The paper's grid of sparsities on pocket, as a sweep without -m; what is given replaces what it sweeps."""
+    assert cli.main([experiment, "model=pocket", "sparsity=0.6,0.8"]) == 0
+    assert [(config.method._target_.split(".")[-2], config.sparsity) for config, _, _ in jobs] == [
+        (method, level) for method in ("svg", "draft") for level in (0.6, 0.8)
+    ]
+    assert {(job.model.steps, job.dense.steps, job.dense.layers, len(job.prompts)) for job, _, _ in jobs} == {
+        (50, 0.3, 2, 4)
+    }
+    with cli._configs():
+        configs = {name: cli.hydra.compose("config", ["experiment=draft_table1", f"model={name}"], True) for name in
+                   ("hunyuan_video", "pocket_large")}  # fmt: skip
+    params = {name: config.hydra.sweeper.params for name, config in configs.items()}
+    assert (params["hunyuan_video"].sparsity, params["hunyuan_video"]["dense.layers"]) == ("0.6,0.8,0.9", "2")
+    assert params["pocket_large"].sparsity == "0.55,0.6,0.75,0.8,0.9"
 
 
 def test_sweep(jobs, capsys):
@@ -139,7 +151,10 @@ def test_a_failing_job_leaves_the_others(jobs, capsys):
 
 
 def test_a_failing_cell_fails_the_run(jobs, capsys):
-    assert fails(capsys, ["prompts=[turn left, turn right]"], 1) == "1 of 2 cells failed"
+    assert fails(capsys, ["prompts=[turn left, turn right]"], 1).splitlines() == [
+        "draft sparsity=0.75: failed: full (cells: 1)",
+        "draftbench: 1 of 2 cells failed; the same command runs those and what is missing",
+    ]
 
 
 def test_a_failing_job_alone(jobs, capsys):
@@ -296,7 +311,7 @@ def test_help_page(capsys):
         "+method=dense,sta,svg,draft sparsity=0.5,0.75,0.9",
         "*draft",
         "DraftAttention (Shen et al., 2025",
-        "The official code's setting",
+        "DraftAttention's Table 1 as a sweep",
         "sparsity=0.75",
         "share of video-by-video pairs to drop, in [0, 1)",
         "dense.steps=0.25",
@@ -332,20 +347,40 @@ def test_help_imports_no_torch_and_the_working_folder_is_off_the_path():
     assert f"'{ROOT}'" not in last and "''" not in last
 
 
-def test_joblib(jobs, monkeypatch, tmp_path, capfd):
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+@pytest.mark.parametrize(
+    ("launcher", "plugin"),
+    [("joblib", "hydra_joblib_launcher"), ("submitit_local", "hydra_submitit_launcher")],
+)
+def test_launchers(jobs, monkeypatch, tmp_path, capfd, launcher, plugin):
+    pytest.importorskip(f"hydra_plugins.{plugin}")
     folder = tmp_path / "site"
     folder.mkdir()
     (folder / "stand_in.py").write_text(JOB)
     (folder / "sitecustomize.py").write_text("import sys, stand_in\nsys.modules['draftbench.run'] = stand_in\n")
     monkeypatch.setenv("PYTHONPATH", str(folder))  # for the worker processes
-    argv = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=out", "tracking=disabled"]
+    argv = [f"launcher={launcher}", "hydra.sweep.dir=out", "tracking=disabled"]
     assert cli.main(["-m", "+method=dense,sta", "sparsity=0.5,0.75", *argv]) == 1
     assert not jobs
     assert read("out") == [("dense", 0.5), ("dense", 0.75), ("sta", 0.5)]
     assert {row["labels"]["group"] for row in records.read_all(["out"])} == {"out"}
     output = capfd.readouterr()
-    assert "failed: no window meets this" in output.err and "1 of 4 jobs failed" in output.err
+    told = output.err + "".join(path.read_text() for path in Path("out/.submitit").rglob("*.err"))
+    assert "failed: no window meets this" in told and "1 of 4 jobs failed" in output.err
     assert "Traceback" not in output.err
     assert json.loads(Path("out/0/record_0.json").read_text())["status"] == "ok"
     assert "dense" in Path("out/table.txt").read_text()
+
+
+def test_a_launcher_without_its_plugin_is_refused(jobs, capsys, monkeypatch):
+    monkeypatch.setattr(cli.hydra, "compose", lambda *_, **__: (_ for _ in ()).throw(
+        cli.ConfigCompositionException("In 'launcher/submitit_slurm': Could not find 'hydra/launcher/submitit_slurm'")
+    ))  # fmt: skip
+    error = fails(capsys, ["-m", "launcher=submitit_slurm", "sparsity=0.5,0.9"])
+    assert error == "launcher=submitit_slurm needs its plugin: pip install 'draftbench[submitit]'" and not jobs
+
+
+def test_slurms_config_is_one_that_its_launcher_takes():
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    with cli._configs():
+        config = cli.hydra.compose("config", ["launcher=submitit_slurm", "hydra.launcher.partition=gpu"], True)
+    assert config.hydra.launcher._target_.endswith(".SlurmLauncher") and config.hydra.launcher.gpus_per_node == 1

@@ -1,16 +1,20 @@
 """Output error and recalled mass against one softmax in float64; the trajectory stays dense."""
 
+import numpy as np
 import pytest
 import torch
 from draftbench.kernels import dense, run
 from draftbench.kernels.select import box_plan
 from draftbench.methods.dense import Dense
 from draftbench.methods.draft import Draft
+from draftbench.methods.sta import STA
 from draftbench.methods.svg import SVG
+from PIL import Image
 
-from draftbench.attention import DenseParts, Method, Request, Session
-from draftbench.diagnostics import Probe
-from draftbench.layout import Box, Layout
+from draftbench import heatmaps
+from draftbench.attention import Call, DenseParts, Meter, Method, Request, Session, count_pairs
+from draftbench.diagnostics import Probe, Spot
+from draftbench.layout import Box, Layout, box_sizes
 from draftbench.models.pocket.adapter import Pocket
 
 BOX = Box(1, 2, 3)
@@ -38,11 +42,11 @@ def known():
 def probed(method, executor="reference"):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, LAYOUT.length, 3, 16) for _ in range(3))
-    probe = Probe(method, run(executor), dense.run, DenseParts(0))
+    probe = Probe(method, run(executor), dense.run, DenseParts(0), spot=Spot(1, None, 2, BOX))
     probe.start(2)
     probe.at_step(1, 3, 0.5)
     where = dict(layout=LAYOUT, text_lengths=LENGTHS, layer=4, branch="cond", seeds=(0, 1))
-    return probe(2 * q, k, v, **where), probe.rows, (2 * q, k, v)
+    return probe(2 * q, k, v, **where), probe.rows, (2 * q, k, v), probe.maps
 
 
 def truth(mask, q, k, v):
@@ -65,7 +69,7 @@ def truth(mask, q, k, v):
 @pytest.mark.parametrize("executor", ["reference", "cpu"])
 def test_error_and_mass_are_those_of_one_softmax(executor):
     method = known()
-    _, rows, qkv = probed(method, executor)
+    _, rows, qkv, _ = probed(method, executor)
     error, mass = truth(method.mask, *qkv)
     assert error > 0.1 and mass < 0.9
     assert rows == [{"step": 1, "layer": 4, "branch": "cond", "error": rows[0]["error"], "mass": rows[0]["mass"]}]
@@ -74,12 +78,12 @@ def test_error_and_mass_are_those_of_one_softmax(executor):
 
 @pytest.mark.parametrize("method", [Draft(0.0, (2, 3)), SVG(0.0, 8)], ids=["draft", "svg"])
 def test_keeping_everything_has_no_error_and_all_the_mass(method):
-    _, (row,), _ = probed(method)
+    _, (row,), *_ = probed(method)
     assert row["error"] < 1e-5 and row["mass"] == pytest.approx(1, abs=1e-5)
 
 
 def test_what_goes_on_is_dense():
-    out, _, (q, k, v) = probed(known())
+    out, _, (q, k, v), _ = probed(known())
     assert torch.equal(out, dense.run(q, k, v, LAYOUT, LENGTHS))
 
 
@@ -92,3 +96,54 @@ def test_the_trajectory_is_the_dense_one(tiny, one_thread):
     assert torch.equal(frames, pocket.generate(request, Session(Dense(), run("cpu"), dense.run, parts)))
     assert [(row["step"], row["layer"], row["branch"]) for row in probe.rows] == [(1, 1, "both"), (2, 1, "both")]
     assert not torch.equal(frames, pocket.generate(request, Session(probe.method, run("cpu"), dense.run, parts)))
+
+
+def test_maps_are_those_of_one_head_of_the_first_item():
+    method = known()
+    _, _, (q, k, _), maps = probed(method)
+    assert torch.equal(maps.kept, method.mask[0, 2].float()) and maps.call == "step 1 of 3, layer 4, head 2"
+    t, y, x = torch.meshgrid(*(torch.arange(n) for n in LAYOUT.grid), indexing="ij")
+    region = (t * 9 + y // 2 * 3 + x // 3).flatten()
+    member = torch.nn.functional.one_hot(region).double()
+    sizes = member.sum(0)
+    weights = (q[0, :, 2].double() @ k[0, :, 2].double().T / 4).softmax(-1)[: LAYOUT.video, : LAYOUT.video]
+    assert torch.allclose(maps.true.double(), member.T @ weights @ member / sizes[:, None], atol=1e-5)
+    low_q, low_k = (member.T @ x[0, : LAYOUT.video, 2].double() / sizes[:, None] for x in (q, k))
+    assert torch.allclose(maps.draft.double(), (low_q @ low_k.T / 4).softmax(-1), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [Draft(0.6, (2, 3)), SVG(0.5, 8), STA(0.5, (1, 2, 3))], ids=["draft", "svg", "sta"])
+def test_kept_pairs_of_any_order_add_up_to_what_was_executed(method):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, LAYOUT.length, 3, 16) for _ in range(3))
+    call = Call(LAYOUT, 1, 3, 0, "cond", LENGTHS[:1], (0,), 0, {}, run("reference"), Meter())
+    plan = method.plan(q, k, v, call)
+    box = Box(1, 3, 4)  # not the method's
+    sizes = box_sizes(box, LAYOUT.grid, q.device)
+    shares = [heatmaps.kept_share(plan, LAYOUT, box, head) for head in range(3)]
+    assert all(((share >= 0) & (share <= 1)).all() for share in shares)
+    pairs = sum((share * sizes[:, None] * sizes).sum() for share in shares)
+    assert float(pairs) == pytest.approx(float(count_pairs(plan, LAYOUT)[1]))
+
+
+def test_a_head_that_there_is_not():
+    with pytest.raises(ValueError, match=r"maps\.head must be below 3, the model's heads, got 3"):
+        heatmaps.maps(*(torch.zeros(1, LAYOUT.length, 3, 16),) * 2, None, None, BOX, 3)
+
+
+def test_pictures(tmp_path):
+    """What looks nowhere is dark, what is kept is not; and a picture says which call it is of."""
+    pytest.importorskip("matplotlib")
+    _, rows, _, maps = probed(known())
+    rows = [row | {"step": step, "layer": layer} for row in rows for step in range(30) for layer in range(3)]
+    heatmaps.draw_recall(rows, "some", tmp_path / "recall.png")
+    heatmaps.draw_maps(maps, "some", tmp_path / "maps.png")
+    maps.kept.zero_()
+    white = torch.full((2, 3, 20, 28), 255, dtype=torch.uint8)
+    heatmaps.draw_frames(maps, white, "some", tmp_path / "none.png")
+    maps.kept.fill_(1)
+    heatmaps.draw_frames(maps, white, "some", tmp_path / "all.png")
+    none, everything = (np.array(Image.open(tmp_path / f"{name}.png").convert("L")) for name in ("none", "all"))
+    middle = none.shape[0] * 3 // 5, none.shape[1] // 4
+    assert none[middle] == pytest.approx(51, abs=2) and everything[middle] == 255
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all.png", "maps.png", "none.png", "recall.png"]

@@ -1,6 +1,7 @@
 """The commit by git, by a stamp and by neither; the device."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -139,3 +140,35 @@ def test_resolve_device(monkeypatch):
     assert environment.resolve_device("auto") == environment.resolve_device("cuda") == torch.device("cuda")
     with pytest.raises(ValueError, match="device must be auto, cpu or cuda, got 'tpu'"):
         environment.resolve_device("tpu")
+
+
+HOLDER = """
+import sys, types, torch
+from draftbench.environment import alone
+torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(uuid="GPU-of-a-test")
+with alone(torch.device(sys.argv[1])):
+    print("has it", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def holder(tmp_path, device):
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    command = [sys.executable, "-P", "-c", HOLDER, device]
+    return subprocess.Popen(command, env=environment, text=True, **pipes)
+
+
+@pytest.mark.parametrize("end", ["done", "killed"])
+def test_one_run_at_a_time_has_the_gpu(tmp_path, end):
+    first = holder(tmp_path, "cuda")
+    assert first.stdout.readline() == "has it\n"
+    second = holder(tmp_path, "cuda")
+    assert second.stderr.readline() == "draftbench: waiting for the GPU, which another run holds\n"
+    assert holder(tmp_path, "cpu").communicate("\n", timeout=60)[0] == "has it\n"
+    assert second.poll() is None
+    if end == "killed":
+        first.kill()
+    else:
+        first.communicate("\n", timeout=60)
+    assert second.communicate("\n", timeout=60)[0] == "has it\n" and second.returncode == 0

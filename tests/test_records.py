@@ -20,7 +20,7 @@ def record(**values):
 def test_new_fills_every_field_with_null_or_what_json_holds():
     made = records.new(model="pocket", grid=(4, 8, 8), latency={"p50": 1.5})
     assert list(made)[: len(records.FIELDS)] == list(records.FIELDS)
-    assert made["schema_version"] == 1 and made["kind"] == "cell" and made["timestamp"].endswith("+00:00")
+    assert made["schema_version"] == 2 and made["kind"] == "cell" and made["timestamp"].endswith("+00:00")
     assert made["psnr_db"] is None and made["grid"] == [4, 8, 8] and made["latency"] == {"p50": 1.5}
 
 
@@ -200,9 +200,9 @@ def test_promote_refuses_uncommitted_code(tmp_path, dirty):
     assert records.promote([folder], "x", tmp_path / "out", allow_dirty=True).name == "x.jsonl"
 
 
-def test_promote_refuses_mixed_schemas_nothing_and_bad_names(tmp_path):
-    folder = run_folder(tmp_path, record(), record(cell_id="c1", schema_version=2))
-    with pytest.raises(ValueError, match=r"schema versions \[1, 2\] do not mix"):
+def test_promote_refuses_newer_schemas_nothing_and_bad_names(tmp_path):
+    folder = run_folder(tmp_path, record(), record(cell_id="c1", schema_version=3))
+    with pytest.raises(ValueError, match=r"schema_version must be 1 to 2, got 3"):
         records.promote([folder], "x", tmp_path / "out")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no records"):
@@ -210,3 +210,36 @@ def test_promote_refuses_mixed_schemas_nothing_and_bad_names(tmp_path):
     with pytest.raises(ValueError, match="plain file name"):
         records.promote([folder], "../x", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_record_of_version_1_is_read_as_one_of_this_version_and_promoted(tmp_path):
+    old = {name: value for name, value in record(psnr_db=30.0).items() if name not in records.LATER}
+    records.write(old | {"schema_version": 1, "latency": {"p50": 1.0}}, tmp_path / "run" / "record.json")
+    found = records.read(tmp_path / "run" / "record.json")
+    assert set(found) == {*records.FIELDS, *records.LATER} and found["schema_version"] == 2
+    assert (found["psnr_db"], found["latency"], found["quality"]) == (30.0, {"p50": 1.0}, None)
+    records.write(record(cell_id="c1"), tmp_path / "run" / "record_new.json")
+    source = records.promote([tmp_path / "run"], "x", tmp_path / "out")
+    assert [row["schema_version"] for row in records.read_all([source])] == [2, 2]
+
+
+@pytest.mark.parametrize("version", [0, 3, "1", None])
+def test_a_record_of_no_known_version_is_refused(tmp_path, version):
+    records.write(record(schema_version=version), tmp_path / "record.json")
+    with pytest.raises(ValueError, match=rf"record.json is not a .*: schema_version must be 1 to 2, got {version!r}"):
+        records.read_all([tmp_path])
+
+
+def test_of_a_file_cut_in_the_middle_the_good_rows_are_kept_and_the_bad_one_is_named(tmp_path):
+    lines = [json.dumps(record(seed=i, prompt="naïve"), ensure_ascii=False).encode() for i in range(3)]
+    path = tmp_path / "rows.jsonl"
+    for cut in (1, 100, len(lines[2]) - 1, lines[2].index("ï".encode()) + 1):
+        path.write_bytes(b"\n".join([lines[0], b"", lines[1], lines[2][:cut]]))
+        damaged = []
+        assert [row["seed"] for row in records.read_all([tmp_path], damaged)] == [0, 1]
+        assert len(damaged) == 1 and damaged[0].startswith(f"{path}, line 4, is not a draftbench record: ")
+        with pytest.raises(ValueError, match="line 4, is not a draftbench record"):
+            records.read_all([tmp_path])
+    path.write_bytes(b"\n".join([lines[0][:50], lines[1]]))
+    damaged = []
+    assert [row["seed"] for row in records.read_all([tmp_path], damaged)] == [1] and "line 1" in damaged[0]

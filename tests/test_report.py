@@ -1,128 +1,271 @@
-"""Videos read back, pictures of the right size and content, and the table."""
+"""The page of a run: what is in it, what its limit leaves out, and that a browser loads, plays, sorts and steps it."""
 
-import av
-import numpy as np
+import itertools
+import json
+import re
+import shutil
+import time
+
 import pytest
 import torch
 from PIL import Image
 
-from draftbench import records, report
+from draftbench import media, records, report
+
+FPS, FRAMES = 8, 6
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
-def clip(frames=9, height=48, width=64):
-    """Smooth colours that move."""
-    t, y, x = torch.meshgrid(*(torch.linspace(0, 1, n) for n in (frames, height, width)), indexing="ij")
-    return torch.stack([x, y, (x + t) / 2], 1).mul(255).byte()
+def clip(shade, frames=FRAMES):
+    """Frame t is of one grey, shade + 12 t, so that what is seen tells which frame it is."""
+    levels = shade + 12 * torch.arange(frames)
+    return levels[:, None, None, None].expand(-1, 3, 64, 96).to(torch.uint8)
+
+
+def cell(folder, number, method="draft", sparsity=0.9, prompt="turn left", seed=0, shade=100, **values):
+    known = {
+        "model": "pocket", "grid": (2, 4, 6), "device": "CPU", "versions": {"torch": "2.13"}, "status": "ok",
+        "commit": "c" * 40, "dirty": False, "psnr_db": 30.0, "executor": "cpu", "steps": 8, "method_settings": {},
+    }  # fmt: skip
+    names = {"method": method, "sparsity": sparsity, "prompt": prompt, "seed": seed, "cell_id": f"{folder}{number}"}
+    records.write(records.new(**known | names | values), folder / f"record_{number:03}.json")
+    if shade is not None:
+        media.write_video(clip(60 + seed), folder / f"{number:03}_dense.mp4", FPS)
+        media.write_video(clip(shade), folder / f"{number:03}_{method}.mp4", FPS)
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Two methods on two clips, one cell that failed, a dense cell, a picture, and a reason that tries to break out."""
+    run = tmp_path / "sweep"
+    for job, (method, level) in enumerate((("draft", 0.9), ("sta", 0.5))):
+        for seed in (0, 1):
+            cell(run / str(job), seed, method, level, seed=seed, shade=100 + 20 * job, psnr_db=30.0 + seed + 10 * job)
+    cell(run / "2", 0, "svg", 0.5, shade=None, status="failed: out of memory </script><b>", psnr_db=None)
+    cell(run / "3", 0, "dense", 0.0, shade=None, psnr_db=100.0)
+    Image.new("RGB", (40, 20), "red").save(run / "0" / "recall.png")
+    Image.new("RGB", (40, 20), "blue").save(run / "0" / "000_side_by_side.png")
+    return run
+
+
+def data(text):
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1])
+
+
+def test_everything_is_in_one_file_and_nothing_is_fetched(sweep, capsys):
+    assert report.main([str(sweep)]) == 0
+    text = (sweep / "report.html").read_text()
+    assert "4 of 4 clips with videos" in capsys.readouterr().out
+    assert not re.search(r"https?://|src=\"(?!data:)|href=\"(?!data:)|@import", text)
+    found = data(text)
+    assert len(found["cells"]["rows"]) == 6 and len(found["means"]["rows"]) == 3
+    assert [picture["name"] for picture in found["pictures"]] == ["0/recall"]
+    assert sum(clip["picture"] is not None for clip in found["clips"]) == 1
+    used = {clip[name] for clip in found["clips"] for name in ("dense", "method")}
+    assert len(used) == 2 + 2  # a dense clip is held once; so is one of the same shade
+    assert report.page([sweep], 10**7) == report.page([sweep], 10**7)
+
+
+def test_a_page_over_its_limit_samples_the_clips_and_says_so(sweep, capsys):
+    whole, _ = report.page([sweep], 10**7)
+    limit = len(whole.encode()) - 3000
+    text, shown = report.page([sweep], limit)
+    assert len(text.encode()) <= limit and 1 <= len(data(text)["clips"]) < 4 and data(text)["shown"] == shown
+    assert re.fullmatch(r"\d of 4 clips with videos \(the page is at most [\d.e-]+ MB; taken in turn from .*\)", shown)
+    none, shown = report.page([sweep], 1000)
+    assert data(none)["clips"] == [] and shown.startswith("0 of 4 clips") and len(data(none)["cells"]["rows"]) == 6
+
+
+def test_a_damaged_record_is_left_out_and_named(sweep):
+    (sweep / "1" / "record_001.json").write_text("{")
+    found = data(report.page([sweep], 10**7)[0])
+    assert len(found["cells"]["rows"]) == 5 and "record_001.json is not a draftbench record" in found["about"][-1]
+
+
+def test_a_page_of_ten_thousand_cells_is_small(tmp_path):
+    cell(tmp_path, 0, shade=None)
+    row = records.read(tmp_path / "record_000.json")
+    lines = [
+        json.dumps(row | {"seed": i, "lpips": 1 / (i + 3), "density_effective": 0.1 + i / 1e5}) for i in range(10_000)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    text, _ = report.page([tmp_path / "rows.jsonl"], 20 * 10**6)
+    assert len(data(text)["cells"]["rows"]) == 10_000 and len(text) < 4e6
+
+
+def test_the_first_clip_of_every_method_comes_before_the_second_of_any(sweep):
+    found = [(path, row) for path in records.files([sweep]) for row in records.parse(path)]
+    clips = report._in_turn(filter(None, (report._clip(i, *pair) for i, pair in enumerate(found))))
+    assert [(clip["group"][1], clip["order"][1]) for clip in clips] == [
+        ("draft", 0),
+        ("sta", 0),
+        ("draft", 1),
+        ("sta", 1),
+    ]
 
 
 @pytest.mark.parametrize(
-    ("size", "expected"), [((48, 64), (288, 384)), ((51, 77), (306, 462)), ((301, 257), (302, 258)), ((256, 300), None)]
-)
-def test_video_read_back(tmp_path, size, expected):
-    frames = clip(5, *size)
-    report.write_video(frames, tmp_path / "clip.mp4", fps=7.5)
-    with av.open(str(tmp_path / "clip.mp4")) as container:
-        (stream,) = container.streams
-        assert stream.codec_context.name == "h264" and stream.pix_fmt == "yuv420p" and stream.average_rate == 7.5
-        assert (stream.height, stream.width) == (expected or size)
-        pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
-    assert len(pictures) == 5
-    scale = max(1, -(-256 // min(size)))
-    for picture, frame in zip(pictures, frames, strict=True):
-        shown = picture[: size[0] * scale, : size[1] * scale][::scale, ::scale].astype(int)
-        assert abs(shown - frame.permute(1, 2, 0).numpy()).mean() < 4
-    data = (tmp_path / "clip.mp4").read_bytes()
-    assert data.index(b"moov") < data.index(b"mdat")
-    assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
+    ("arguments", "message"),
+    [(["nowhere"], "no such run folder or record: nowhere"), (["."], "there are no records of cells under ."),
+     ([".", "--limit=0"], "--limit must be above 0 MB, got 0")],
+)  # fmt: skip
+def test_bad_input_is_a_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert report.main(arguments) == 2
+    assert capsys.readouterr().err == f"draftbench: {message}\n"
+    assert not list(tmp_path.iterdir())
 
 
-def test_video_refuses_what_it_cannot_show(tmp_path):
-    for frames, fps in ((clip()[:0], 8), (clip(), 0), (clip(), float("nan"))):
-        with pytest.raises(ValueError, match="at least one frame and fps > 0"):
-            report.write_video(frames, tmp_path / "clip.mp4", fps)
-    with pytest.raises(TypeError, match="uint8"):
-        report.write_video(clip().float(), tmp_path / "clip.mp4", 8)
-    (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="cannot write"):
-        report.write_video(clip(), tmp_path / "file" / "clip.mp4", 8)
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs `pip install playwright`")
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
-def test_side_by_side(tmp_path):
-    """Frames 0, 4, 8 enlarged three times; the difference row is |a - b| times the gain, capped."""
-    reference = clip()
-    frames = reference.clone()
-    frames[:, 0] = torch.where(reference[:, 0] > 245, 255, reference[:, 0] + 10).byte()
-    report.side_by_side(reference, frames, tmp_path / "x.png", {"method": "draft"}, columns=3, gain=20)
-    page = np.array(Image.open(tmp_path / "x.png"))
-    assert page.shape[2] == 3 and (page[:10] == 255).all() and (page[:, -10:] == 255).all()
-    (top,) = [y for y in range(len(page)) if (page[y, 160:352] != 255).any(1).mean() > 0.9][:1]
-    pictures = [[page[top + 152 * row :, 160 + 200 * i :][:144, :192] for i in range(3)] for row in range(3)]
-    for i, number in enumerate((0, 4, 8)):
-        for row, source in enumerate((reference, frames)):
-            expected = source[number].permute(1, 2, 0).numpy().repeat(3, 0).repeat(3, 1)
-            assert (pictures[row][i] == expected).all()
-        assert (pictures[2][i][..., 0].max(), pictures[2][i][..., 1:].max()) == (200, 0)
-    assert (page[:, :150] < 128).any(), "labels"
+@pytest.fixture
+def opened(browser, sweep):
+    """The page in a browser without a network; whatever reaches the console fails the test."""
+    report.main([str(sweep)])
+    context = browser.new_context(offline=True, viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    page.set_default_timeout(20_000)
+    said = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.goto((sweep / "report.html").as_uri())
+    yield page
+    assert not said
+    context.close()
 
 
-def test_contact_sheet_takes_clips_of_any_length_and_size(tmp_path):
-    rows = [
-        ("turn left in the brick hall", clip(1)),
-        ("real", clip(20, 768, 1280)),
-        ("a_label_too_long_to_wrap", clip(3)),
-    ]
-    report.contact_sheet(rows, tmp_path / "x.png", title={"n": 3, "note": "word " * 60})
-    with Image.open(tmp_path / "x.png") as page:
-        assert page.width < 6 * 340 + 200 and page.height > 400
-    with pytest.raises(ValueError, match="at least one clip"):
-        report.contact_sheet([], tmp_path / "y.png")
-    with pytest.raises(ValueError, match="one shape"):
-        report.side_by_side(clip(3), clip(4), tmp_path / "y.png", {})
-    assert [p.name for p in tmp_path.iterdir()] == ["x.png"]
+SEEN = """() => [a, b, canvas].map((source) => {
+  const pen = Object.assign(document.createElement("canvas"), {width: 4, height: 4}).getContext("2d");
+  pen.drawImage(source, 0, 0, 4, 4);
+  return pen.getImageData(2, 2, 1, 1).data[1];
+})"""
 
 
-def row(method="draft", sparsity=0.9, **values):
-    known = {
-        "model": "pocket",
-        "prompt": "turn left",
-        "seed": 0,
-        "device": "NVIDIA H200",
-        "versions": {"torch": "2.11"},
-        "status": "ok",
-        "executor": "triton",
-    }
-    return records.new(method=method, sparsity=sparsity, steps=20, **known | values)
+def wait_for_frame(page, number):
+    page.wait_for_function(f"() => count.textContent === 'frame {number} of {FRAMES}' && !a.seeking && !b.seeking")
 
 
-def test_table_has_the_baseline_first_means_and_dashes():
-    rows = [
-        row(psnr_db=20.0, lpips=0.1),
-        row(psnr_db=30.0, generate_s=2.0),
-        row("dense", 0.0, psnr_db=100.0),
-        row("a", 0.5),
-    ]
-    lines = [line.split() for line in report.table(rows).splitlines()]
-    assert lines[0] == ["NVIDIA", "H200,", "torch", "2.11"]
-    head = lines[1]
-    assert [line[:4] for line in lines[2:]] == [
-        ["pocket", "dense", "0", "1"], ["pocket", "a", "0.5", "1"], ["pocket", "draft", "0.9", "2"]
-    ]  # fmt: skip
-    cells = dict(zip(head, lines[-1], strict=True))
-    assert (cells["psnr_db"], cells["lpips"], cells["generate_s"], cells["ssim"]) == ("25.00", "0.1000", "2.00", "-")
+def check_seen(page, frame, method=100, dense=60, gain=4):
+    """Both videos and their difference come to show frame `frame`, counted from 0."""
+    expected = [dense + 12 * frame, method + 12 * frame, min(255, gain * (method - dense))]
+    end = time.monotonic() + 5
+    while True:
+        found = page.evaluate(SEEN)
+        if found[:2] == pytest.approx(expected[:2], abs=4) and found[2] == pytest.approx(expected[2], abs=4 * gain):
+            return
+        assert time.monotonic() < end, (found, expected)
 
 
-def test_table_mixes_neither_machines_nor_settings():
-    rows = [row(psnr_db=1.0), row(psnr_db=2.0, device="AMD EPYC"), row(psnr_db=3.0, method_settings={"pool": "max"})]
-    text = report.table(rows)
-    assert text.count("psnr_db") == 2 and "AMD EPYC, torch 2.11\n" in text
-    assert [group["psnr_db"] for group in report.means(rows)] == [2.0, 3.0, 1.0]
-    assert text.count("pool=max") == 1 and "executor" not in text
-    assert "sparsity=None" not in report.table([row(sparsity=None, method="dense"), row()])
+def test_it_steps_frame_by_frame_and_shows_the_difference(opened):
+    wait_for_frame(opened, 1)
+    check_seen(opened, 0)
+    for number in (1, 2, 3):
+        opened.click("#forth")
+        wait_for_frame(opened, number + 1)
+        check_seen(opened, number)
+    opened.click("#back")
+    wait_for_frame(opened, 3)
+    check_seen(opened, 2)
+    opened.select_option("#gain", "0")
+    check_seen(opened, 2, gain=1)
+    opened.focus("#player")
+    opened.keyboard.press("ArrowRight")
+    wait_for_frame(opened, 4)
+    opened.evaluate("() => { frame.value = 0; frame.oninput({target: frame}); }")
+    wait_for_frame(opened, 1)
+    opened.click("#back")  # round the end
+    wait_for_frame(opened, FRAMES)
+    check_seen(opened, FRAMES - 1, gain=1)
 
 
-def test_table_lists_what_failed():
-    text = report.table([row(), row(status="failed: out of memory", seed=3)])
-    assert text.endswith("failed: out of memory (pocket draft sparsity 0.9, prompt 'turn left', seed 3)")
-    assert [group["n"] for group in report.means([row(), row(status="failed: x")])] == [1]
-    assert report.table([]) == "no records"
+def test_it_plays_in_step_and_over_again(opened):
+    wait_for_frame(opened, 1)
+    opened.select_option("#speed", "0.5")
+    opened.click("#play")
+    assert opened.inner_text("#play") == "Pause"
+    seen = opened.evaluate(
+        """() => new Promise((done) => {
+          const seen = [], look = () => {
+            if (!a.seeking && !b.seeking) seen.push([at(), Math.abs(a.currentTime - b.currentTime)]);
+            seen.length < 200 ? requestAnimationFrame(look) : done(seen);
+          };
+          look();
+        })"""
+    )
+    frames = [frame for frame, _ in seen]
+    assert set(frames) == set(range(FRAMES)) and any(y < x for x, y in itertools.pairwise(frames))
+    apart = sorted(gap for _, gap in seen)
+    assert apart[int(0.9 * len(apart))] < 0.5 / FPS
+    opened.click("#play")
+    assert opened.inner_text("#play") == "Play"
+    opened.wait_for_function("() => a.paused && b.paused && !a.seeking && !b.seeking")
+    check_seen(opened, opened.evaluate("at()"))
+
+
+def test_another_method_and_another_clip(opened):
+    wait_for_frame(opened, 1)
+    assert opened.inner_text("#name") == "draft at 90%"
+    opened.select_option("#method", "sta at 50%")
+    wait_for_frame(opened, 1)
+    check_seen(opened, 0, method=120)
+    assert opened.inner_text("#score") == "PSNR dB 40.00"
+    opened.select_option("#clip", "pocket: turn left, seed 1")
+    opened.wait_for_function("() => score.textContent === 'PSNR dB 41.00'")
+    assert opened.inner_text("#name") == "sta at 50%"
+    wait_for_frame(opened, 1)
+    check_seen(opened, 0, method=120, dense=61)
+    opened.click("#cells tr[data-clip]:has-text('draft') >> nth=0")
+    opened.wait_for_function("() => document.getElementById('name').textContent === 'draft at 90%'")
+
+
+def test_it_sorts_and_filters(opened):
+    def column():
+        return opened.locator("#cells tbody tr td:nth-child(6)").all_inner_texts()
+
+    assert opened.locator("#cells th").nth(5).inner_text() == "PSNR dB"
+    opened.click("#cells th button:has-text('PSNR')")
+    assert column() == ["30.00", "31.00", "40.00", "41.00", "100.00", "-"]
+    opened.click("#cells th button:has-text('PSNR')")
+    assert column() == ["100.00", "41.00", "40.00", "31.00", "30.00", "-"]
+    assert opened.get_attribute("#cells th:nth-child(6)", "aria-sort") == "descending"
+    opened.fill("#filter", "STA turn")
+    assert column() == ["41.00", "40.00"] and opened.inner_text("#found") == "2 of 2 rows"
+    opened.fill("#filter", "memory")
+    assert "failed: out of memory </script><b>" in opened.inner_text("#cells tbody")
+
+
+def test_it_is_light_and_dark_and_fits_a_narrow_window(opened):
+    shades = []
+    for scheme in ("light", "dark"):
+        opened.emulate_media(color_scheme=scheme)
+        shades.append(opened.evaluate("getComputedStyle(document.body).backgroundColor"))
+    assert shades == ["rgb(247, 247, 245)", "rgb(23, 24, 26)"]
+    opened.click("#theme")
+    assert opened.evaluate("getComputedStyle(document.body).backgroundColor") == shades[0]
+    opened.set_viewport_size({"width": 420, "height": 800})
+    assert opened.evaluate("document.documentElement.scrollWidth") <= 420
+
+
+def test_a_runs_own_videos_play_in_a_browser(browser, tmp_path):
+    """The files as a run writes them, opened as they are."""
+    media.write_video(clip(60), tmp_path / "clip.mp4", FPS)
+    page = browser.new_page()
+    page.goto((tmp_path / "clip.mp4").as_uri())
+    page.wait_for_function("() => document.querySelector('video')?.readyState >= 2")
+    size = page.evaluate("() => [(v = document.querySelector('video')).videoWidth, v.videoHeight, v.duration]")
+    assert size == [384, 256, pytest.approx(FRAMES / FPS)]
+    page.evaluate(
+        "() => { const v = document.querySelector('video'); v.muted = true; v.currentTime = 0; return v.play(); }"
+    )
+    page.wait_for_function("() => document.querySelector('video').ended")
+    page.close()

@@ -263,9 +263,32 @@ def test_a_failed_cell_makes_exit_code_one(failing, tiny, tmp_path, capsys):
     ]  # fmt: skip
     assert cli.main(argv) == 1
     output = capsys.readouterr()
-    assert "1 of 2 cells failed" in output.err and "Traceback" not in output.err
+    last = output.err.splitlines()[-2:]
+    assert last[0] == "draftbench: draft sparsity=0.75: failed: no such plan (cells: 1)"
+    assert (
+        last[1].startswith("draftbench: 1 of 2 cells failed; the same command runs those")
+        and "Traceback" not in output.err
+    )
     assert "failed: no such plan (pocket draft sparsity 0.75" in output.out
     assert [row["status"] for row in records.read_all([tmp_path / "out"])] == ["ok", "failed: no such plan"]
+
+
+def test_a_job_whose_timing_fails_has_a_record_of_every_cell_with_the_reason(job, failing, capsys):
+    failing(RuntimeError("CUDA out of memory\nTried to"), 0)
+    rows = job("seeds=[0,1]", "latency.enabled=true")
+    assert [(row["seed"], row["status"]) for row in rows] == [(0, why := "failed: CUDA out of memory"), (1, why)]
+    assert records.read_all([job.folder]) == rows and all(row["cell_id"] for row in rows)
+    assert capsys.readouterr().err.count(why) == 1
+
+
+def test_a_finished_record_is_not_lost_to_a_run_that_is_killed(configured, failing, tmp_path):
+    config = configured("seeds=[0,1]", "batch=1", "force=true")
+    before = run.job(config, tmp_path / "out")
+    failing(KeyboardInterrupt(), 1)
+    with pytest.raises(KeyboardInterrupt):
+        run.job(config, tmp_path / "out")
+    assert [row["status"] for row in records.read_all([tmp_path / "out"])] == ["ok", "ok"]
+    assert records.read(tmp_path / "out" / "record_001.json") == before[1]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), TypeError("a bug")], ids=["interrupt", "bug"])
@@ -273,7 +296,8 @@ def test_what_was_finished_stays_when_a_later_batch_ends_the_job(job, failing, g
     failing(error, 2)
     with pytest.raises(type(error)):
         job("seeds=[0,1,2]", "batch=2")
-    assert [row["seed"] for row in records.read_all([job.folder])] == [0, 1]
+    left = [(row["seed"], row["status"]) for row in records.read_all([job.folder])]
+    assert left == [(0, "ok"), (1, "ok"), (2, run.UNFINISHED)]
     failing(error, 99)
     generated.clear()
     assert len(job("seeds=[0,1,2]", "batch=2")) == 3

@@ -13,7 +13,7 @@ from draftbench import schema
 from draftbench.attention import Method
 
 CONF = Path(__file__).parent.parent / "conf"
-OTHERS = ("hydra", "bench", "calibration")  # of another command; what a command wrote
+OTHERS = ("hydra", "bench", "paper", "calibration")  # groups of other commands; what a command wrote
 CHOICES = [(p.parent.name, p.stem) for p in sorted(CONF.glob("*/*.yaml")) if p.parent.name not in OTHERS]
 
 

@@ -45,7 +45,9 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(tmp_path, tiny):
             process.wait()
     before = records.read_all([first])  # raises for a half-written one
     finished = {json.loads(path.read_text())["record"] for path in tmp_path.glob("cache/cells/[!.]*.json")}
-    assert 1 <= len(finished) <= len(before) < 12
+    done = [row for row in before if row["status"] == "ok"]
+    assert 1 <= len(finished) <= len(done) < 12 and len(before) < 12
+    assert {row["status"] for row in before} == {"ok", run.UNFINISHED}
 
     done = subprocess.run([*argv, f"hydra.sweep.dir={second}"], cwd=tmp_path, env=settings(), capture_output=True)
     output, error = done.stdout.decode(), done.stderr.decode()
@@ -88,7 +90,7 @@ def test_bad_input_is_refused_in_a_line_or_two(arguments, message, tmp_path, tin
 
 def test_a_full_disk_names_the_path_and_keeps_what_was_written(configured, tmp_path, monkeypatch):
     def replace(source, target, original=os.replace):
-        if str(target).endswith("record_001.json"):
+        if str(target).endswith("record_001.json") and json.loads(source.read_text())["status"] == "ok":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         original(source, target)
 
@@ -97,7 +99,79 @@ def test_a_full_disk_names_the_path_and_keeps_what_was_written(configured, tmp_p
     with pytest.raises(OSError, match="No space left on device") as error:
         run.job(configured("seeds=[0,1,2]", "batch=1"), tmp_path / "out")
     assert error.value.strerror == f"cannot write {path}: No space left on device"
-    assert [row["seed"] for row in records.read_all([tmp_path / "out"])] == [0]
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["record_000.json"]
+    rows = records.read_all([tmp_path / "out"])
+    assert [(row["seed"], row["status"]) for row in rows] == [(0, "ok"), (1, run.UNFINISHED), (2, run.UNFINISHED)]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [f"record_00{i}.json" for i in range(3)]
     monkeypatch.undo()
     assert [row["seed"] for row in run.job(configured("seeds=[0,1,2]"), tmp_path / "out")] == [0, 1, 2]
+
+
+KILLED = """
+import os, signal, sys
+from draftbench import cli, records
+where, argv, original = sys.argv[1], sys.argv[2:], os.replace
+def replace(source, target):
+    if str(target).endswith(where) and b"still running" not in open(source, "rb").read():
+        open(source, "r+b").truncate(100)  # as if half of it had reached the disk
+        os.kill(os.getpid(), signal.SIGKILL)
+    original(source, target)
+os.replace = replace
+cli.main(argv)
+"""
+
+
+@pytest.mark.parametrize("where", ["record_001.json", "table.txt"])
+def test_kill_9_in_a_write_loses_nothing_that_was_finished(where, tmp_path, tiny):
+    sweep = [
+        "-m",
+        "sparsity=0.5",
+        "seeds=[0,1,2]",
+        "batch=1",
+        "latency.enabled=false",
+        f"hydra.sweep.dir={tmp_path}/out",
+    ]
+    argv = command(tmp_path, tiny, *sweep)[4:]
+    done = subprocess.run([sys.executable, "-P", "-c", KILLED, where, *argv], env=settings(), capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    before = {row["seed"]: row for row in records.read_all([tmp_path / "out"])}
+    expected = {"record_001.json": ["ok", run.UNFINISHED, run.UNFINISHED], "table.txt": ["ok"] * 3}[where]
+    assert [before[seed]["status"] for seed in range(3)] == expected
+    assert not (tmp_path / "out" / "table.txt").exists()
+
+    again = subprocess.run(command(tmp_path, tiny, *sweep), env=settings(), capture_output=True, cwd=tmp_path)
+    error = again.stderr.decode()
+    assert again.returncode == 0 and f"{expected.count('ok')} of 3 cells were finished before" in error, error
+    rows = {row["seed"]: row for row in records.read_all([tmp_path / "out"])}
+    assert all(rows[seed] == row for seed, row in before.items() if row["status"] == "ok")
+    assert {row["status"] for row in rows.values()} == {"ok"} and (tmp_path / "out" / "table.txt").exists()
+
+
+def test_two_sweeps_on_one_folder_and_a_record_that_was_cut(tmp_path, tiny):
+    sweep = [
+        "-m",
+        "sparsity=0.5,0.9",
+        "seeds=[0,1]",
+        "batch=1",
+        "latency.enabled=false",
+        f"hydra.sweep.dir={tmp_path}/out",
+    ]
+    argv = command(tmp_path, tiny, *sweep)
+    both = [subprocess.Popen(argv, env=settings(), cwd=tmp_path, stderr=subprocess.PIPE) for _ in range(2)]
+    errors = [process.communicate(timeout=100)[1].decode() for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    rows = records.read_all([tmp_path / "out"])
+    assert [(row["sparsity"], row["seed"], row["status"]) for row in rows] == [
+        (level, seed, "ok") for level in (0.5, 0.9) for seed in (0, 1)
+    ]
+    path = tmp_path / "out" / "1" / "record_001.json"
+    path.write_bytes(path.read_bytes()[:200])
+    (tmp_path / "out" / "1" / "record_007.json").write_text("{")  # of no cell of this sweep
+    again = subprocess.run(argv, env=settings(), capture_output=True, cwd=tmp_path)
+    error = again.stderr.decode()
+    assert (
+        again.returncode == 1 and f"left out: {path.with_name('record_007.json')} is not a draftbench record" in error
+    )
+    found = records.read_all([tmp_path / "out"], damaged=[])
+    assert len(found) == 4 and {row["status"] for row in found} == {"ok"}
+    table = (tmp_path / "out" / "table.txt").read_text()
+    assert [line.split()[1:4] for line in table.splitlines()[2:]] == [["draft", "0.5", "2"], ["draft", "0.9", "2"]]

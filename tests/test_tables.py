@@ -1,13 +1,15 @@
 """Tables from records: intervals, paired contrasts, what may not be mixed, and the committed ones."""
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from draftbench import records, tables
+from draftbench import method_tables, records, tables
 
+RULE = method_tables.Contrasts(("random", "draft"), ("psnr_db", "ssim", "lpips"), 2000, 0)
 ROOT = Path(__file__).parent.parent
 COMMITTED = sorted((ROOT / "results" / "records").glob("*.jsonl"))
 
@@ -29,45 +31,32 @@ def failed(method, **values):
     return row(method, **values) | unmeasured | {"status": "failed: out of memory"}
 
 
+def markdown(rows, source, notes=()):
+    return method_tables.page(rows, source, RULE, notes).markdown()
+
+
 def line(text, start):
     (found,) = [line for line in text.splitlines() if line.startswith(start)]
     return [cell.strip() for cell in found.strip("|").split("|")]
 
 
-def test_an_interval_of_constants_has_no_width():
-    assert tables.interval({"a": [2.5, 2.5], "b": [2.5]}) == (2.5, 2.5, 2.5)
-
-
-def test_an_interval_is_about_the_mean_of_all_clips():
-    mean, low, high = tables.interval({"a": [1.0, 2.0, 3.0], "b": [10.0]})
-    assert mean == 4 and low < mean < high
-
-
-def test_an_interval_of_two_clips_reaches_both():
-    assert tables.interval({"a": [0.0, 1.0]}) == (0.5, 0, 1)  # means 0, .5, 1 with chances 1/4, 1/2, 1/4
-    assert tables.interval({"a": [0.0], "b": [1.0]}) == (0.5, 0, 1)
-
-
-def test_an_interval_of_many_clips_is_the_textbooks():
-    values = np.random.default_rng(3).normal(5, 2, 100)
-    mean, low, high = tables.interval({str(i): [x] for i, x in enumerate(values)})
-    half = 1.96 * values.std() / 10
-    assert mean == pytest.approx(values.mean())
-    assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.1 * half)
-
-
-def test_seeds_of_one_prompt_are_no_new_evidence_about_prompts():
-    few = tables.interval({str(i): [float(i)] for i in range(4)})
-    many = tables.interval({str(i): [float(i)] * 25 for i in range(4)})
-    assert few == pytest.approx(many)
-    assert tables.interval({"a": [1.0, 2.0]}, seed=1) == tables.interval({"a": [1.0, 2.0]}, seed=1)
-
-
 def test_the_table_has_means_over_clips():
     rows = [row(seed=0, psnr=30.0), row(seed=1, psnr=34.0), row("dense", 0.0, psnr=100.0)]
-    text = tables.markdown(rows, "some")
+    text = markdown(rows, "some")
     assert line(text, "| 0.75 | draft | 2") == [
-        *("0.75", "draft", "2", "0.750", "0.400", "32.00 +- 2.83", "0.640", "0.320", "0.00", "1.00", "2.00"),
+        *(
+            "0.75",
+            "draft",
+            "2",
+            "0.750",
+            "0.400",
+            "32.00 +- 2.83",
+            "0.640 +- 0.057",
+            "0.320 +- 0.028",
+            "0.00",
+            "1.00",
+            "2.00",
+        ),
         *("1.50", "2.50"),
     ]
     assert text.index("| dense |") < text.index("| draft |")
@@ -81,10 +70,11 @@ def test_contrasts_are_paired_by_prompt_and_seed():
     rows += [row("draft", prompt="a", seed=9, psnr=1000.0), row("random", prompt="c", psnr=-1000.0)]  # without a twin
     rows += [row("draft", 0.9, prompt="a", psnr=77.0)]  # another sparsity
     rows += [failed("draft", prompt="b", seed=7), row("random", prompt="b", seed=7, psnr=0.0)]
-    text = tables.markdown(rows, "some")
+    text = markdown(rows, "some")
     minus_random, minus_draft = text.split("## Minus ")[1:]
     found = line(minus_random, "| 0.75 | draft")
-    assert found[2:] == ["+5.000 [+5.000, +5.000]", "+0.100 [+0.100, +0.100]", "+0.050 [+0.050, +0.050]"]
+    assert found[2::2] == ["+5.000 [+5.000, +5.000]", "+0.100 [+0.100, +0.100]", "+0.050 [+0.050, +0.050]"]
+    assert set(found[3::2]) == {"0.006"}  # 2 of 2001 draws, for six contrasts
     assert line(minus_draft, "| 0.75 | random")[2] == "-5.000 [-5.000, -5.000]"
     assert "| 0.9 |" not in minus_random and "| random" not in minus_random
 
@@ -98,22 +88,22 @@ def test_contrasts_are_paired_by_prompt_and_seed():
 )  # fmt: skip
 def test_a_table_never_mixes(name, other):
     with pytest.raises(ValueError, match=f"^some: rows with different {name} share no table: ") as error:
-        tables.markdown([row(), row(seed=1, **{name: other})], "some")
+        markdown([row(), row(seed=1, **{name: other})], "some")
     assert repr(other) in str(error.value)
 
 
 def test_a_method_that_failed_is_shown_with_its_reason():
-    text = tables.markdown([row(), failed("oracle"), row("sta", seed=1), failed("sta")], "some")
+    text = markdown([row(), failed("oracle"), row("sta", seed=1), failed("sta")], "some")
     assert line(text, "| 0.75 | oracle")[2] == "failed: out of memory"
     assert line(text, "| 0.75 | sta")[2:4] == ["1 of 2; failed: out of memory", "0.750"]
 
 
 def test_what_was_not_measured_is_a_dash():
     pairs = [row(method, seed=seed, psnr=20.0) for method in ("random", "draft") for seed in (0, 1)]
-    text = tables.markdown([r | {"psnr_db": None, "lpips": None} for r in pairs], "some")
-    assert line(text, "| 0.75 | draft | 2")[5:8] == ["- +- -", "0.400", "-"]
+    text = markdown([r | {"psnr_db": None, "lpips": None} for r in pairs], "some")
+    assert line(text, "| 0.75 | draft | 2")[5:8] == ["-", "0.400 +- 0.000", "-"]
     minus_random = text.split("## Minus ")[1]
-    assert line(minus_random, "| 0.75 | draft")[2:] == ["-", "+0.000 [+0.000, +0.000]", "-"]
+    assert line(minus_random, "| 0.75 | draft")[2:] == ["-", "-", "+0.000 [+0.000, +0.000]", "1", "-", "-"]
 
 
 def test_the_readme_is_filled_between_its_markers():
@@ -128,32 +118,79 @@ def test_the_readme_is_filled_between_its_markers():
 
 
 def test_the_command_writes_checks_and_says_what_is_stale(tmp_path, capsys):
-    folders = ["--records", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--readme", str(tmp_path / "R.md")]
-    assert tables.main(folders) == 2 and "there are no .jsonl files" in capsys.readouterr().err
+    keys = [f"records={tmp_path / 'in'}", f"out={tmp_path / 'out'}", f"readme={tmp_path / 'R.md'}", "quoted=nowhere"]
+    assert tables.main(keys) == 2 and "must be a folder with .jsonl files" in capsys.readouterr().err
     (tmp_path / "in").mkdir()
     records.write(row(), tmp_path / "record.json")
     records.promote([tmp_path / "record.json"], "some", tmp_path / "in", allow_dirty=True)
     (tmp_path / "R.md").write_text("<!-- table some -->\n<!-- end -->\n")
     page = tmp_path / "out" / "some.md"
-    assert tables.main([*folders, "--check"]) == 1 and not page.exists()
+    assert tables.main([*keys, "--check"]) == 1 and not page.exists()
     assert f"{page} is out of date; run `make tables`" in capsys.readouterr().err
-    assert tables.main(folders) == 0 and page.read_text() == tables.markdown([row()], "some")
-    assert tables.main([*folders, "--check"]) == 0
-    (tmp_path / "R.md").write_text("<!-- table some -->\nother\n<!-- end -->\n")
-    assert tables.main([*folders, "--check"]) == 1 and "R.md is out of date" in capsys.readouterr().err
+    assert tables.main(keys) == 0 and page.read_text().startswith("# some\n\npocket, token grid 8x16x24")
+    assert {path.name for path in page.parent.iterdir()} == {
+        "some.md", *(f"some.{table}.{form}" for table in ("methods", "spread") for form in ("csv", "tex"))
+    }  # fmt: skip
+    assert tables.main([*keys, "--check"]) == 0 == tables.main([*keys, "check=true"])
+    for name in ("R.md", "out/some.methods.csv", "out/some.spread.tex"):
+        (tmp_path / name).write_text("<!-- table some -->\nother\n<!-- end -->\n")
+        assert tables.main([*keys, "--check"]) == 1 and f"{name} is out of date" in capsys.readouterr().err
+        assert tables.main(keys) == 0
 
 
-@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
-def test_committed_tables_are_those_of_the_committed_records(path):
-    rows = records.read_all([path])
-    assert (ROOT / "results/tables" / f"{path.stem}.md").read_text() == tables.page(path, rows)
-    text = (ROOT / "README.md").read_text()
-    if f"<!-- table {path.stem} -->" in text:
-        assert f"<!-- table {path.stem} -->\n{tables.short(rows)}\n<!-- end -->" in text
+def test_a_damaged_row_is_named_and_the_others_have_their_tables(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    lines = [json.dumps(row(seed=seed, psnr=30.0 + seed)) for seed in (0, 1, 2)]
+    (tmp_path / "in" / "some.jsonl").write_text("\n".join([*lines[:2], lines[2][:99]]))
+    (tmp_path / "in" / "none.jsonl").write_text("{")
+    keys = [f"records={tmp_path / 'in'}", f"out={tmp_path / 'out'}", "readme=nowhere", "quoted=nowhere"]
+    assert tables.main(keys) == 1 == tables.main([*keys, "--check"])
+    error = capsys.readouterr().err
+    assert "some.jsonl, line 3, is not a draftbench record" in error and "none.jsonl, line 1" in error
+    assert line((tmp_path / "out" / "some.md").read_text(), "| 0.75 | draft | 2")[5] == "30.50 +- 0.71"
+
+
+def test_ten_thousand_records_take_less_than_ten_seconds(tmp_path):
+    (tmp_path / "in").mkdir()
+    methods = ("dense", "draft", "random", "oracle", "sta", "svg", "a", "b")
+    cells = [(m, s, p, seed) for m in methods for s in (0.5, 0.75, 0.9, 0.95) for p in range(80) for seed in range(4)]
+    noise = iter(np.random.default_rng(0).normal(30, 3, len(cells)))
+    rows = (json.dumps(row(m, s, f"prompt {p}", seed, float(next(noise)))) for m, s, p, seed in cells)
+    (tmp_path / "in" / "some.jsonl").write_text("\n".join(rows))
+    assert len(cells) > 10_000
+    start = time.monotonic()
+    keys = [f"records={tmp_path / 'in'}", f"out={tmp_path / 'out'}", "readme=nowhere", "quoted=nowhere"]
+    assert tables.main(keys) == 0
+    assert time.monotonic() - start < 10
+    text = (tmp_path / "out" / "some.md").read_text()
+    assert len(text.split("## Minus draft")[1].splitlines()) > 24
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--records=x", "there is no option --records=x: keys are written key=value"),
+        ("recrods=x", "unknown key recrods=x; did you mean records?"),
+        ("contrasts.draws=9", "contrasts.draws must be an integer of at least 1000, got 9"),
+        ("contrasts.metrics=[psnr]", "contrasts.metrics must be a list of psnr_db, ssim, lpips, each once, got 'psnr'"),
+        ("paper=nope", "paper"),
+    ],
+)
+def test_bad_keys_are_refused_in_a_line(argument, message, capsys):
+    assert tables.main([argument]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"draftbench: {message}") or message in error
+    assert "Traceback" not in error and error.count("\n") <= 2
+
+
+def test_committed_tables_are_those_of_the_committed_records(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert tables.main(["--check"]) == 0, capsys.readouterr().err
 
 
 def test_every_committed_table_has_records():
-    assert {path.stem for path in (ROOT / "results/tables").glob("*.md")} == {path.stem for path in COMMITTED}
+    known = {path.stem for path in (*COMMITTED, *(ROOT / "results/quoted").glob("*.csv"))}
+    assert {path.name.partition(".")[0] for path in (ROOT / "results/tables").iterdir()} == known
     assert COMMITTED
 
 
@@ -164,8 +201,9 @@ def test_diagnostics_are_promoted_and_shown(tmp_path):
     note = {"method": "draft", "sparsity": 0.5, "prompt": "a", "seed": 3, "mean": {"error": 0.25, "mass": 0.75}}
     (run / "diagnostics.json").write_text(json.dumps(note))
     source = records.promote([run], "some", tmp_path / "in", allow_dirty=True)
-    text = tables.page(source, records.read_all([source]))
-    assert text.startswith(tables.markdown([row()], "some"))
+    config = tables._configured([])
+    text = tables.page(source, records.read_all([source]), config).markdown()
+    assert text.startswith(markdown([row()], "some"))
     assert text.endswith("| 0.5 | draft | 0.250 | 0.750 |\n") and "a (seed 3)" in text
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from draftbench import records, report, tracking
+from draftbench import media, records, tracking
 
 
 def rows():
@@ -25,8 +25,8 @@ def inspect(folder):
 def test_offline_runs_are_read_back(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_DATA_DIR", raising=False)
     frames = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
-    report.write_video(frames, tmp_path / "a.mp4", 8)
-    report.side_by_side(frames, frames, tmp_path / "a.png", {})
+    media.write_video(frames, tmp_path / "a.mp4", 8)
+    media.side_by_side(frames, frames, tmp_path / "a.png", {})
     before = dict(os.environ)
     with tracking.Tracker("offline", "p", tmp_path / "run", "a-group", "first", {"method": {"pool": "max"}}) as tracker:
         tracker.log_rows(rows())

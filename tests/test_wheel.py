@@ -37,7 +37,7 @@ def test_everything_is_in_it(site):
         assert ours and ours <= there
     weights = site / "draftbench" / "models" / "pocket" / "weights" / "pocket.safetensors"
     assert weights.stat().st_size <= 24 * 2**20
-    assert (site / "draftbench" / "py.typed").exists()
+    assert all((site / "draftbench" / name).exists() for name in ("py.typed", "report.html"))
     assert {"LICENSE", "NOTICE"} <= {path.name for path in site.rglob("licenses/*")}
 
 

@@ -93,7 +93,7 @@ def main(settings: Settings) -> None:
     """Write MODEL_CARD.md, loss.png and contact_sheet.png beside this file."""
     from PIL import Image
 
-    from ...report import contact_sheet
+    from ...media import contact_sheet
 
     out = Path(settings.out)
     card = json.loads((out / "card.json").read_text())

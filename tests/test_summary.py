@@ -1,0 +1,49 @@
+"""The table of a run: means, what it keeps apart, what failed."""
+
+from draftbench import records, summary
+
+
+def row(method="draft", sparsity=0.9, **values):
+    known = {
+        "model": "pocket",
+        "prompt": "turn left",
+        "seed": 0,
+        "device": "NVIDIA H200",
+        "versions": {"torch": "2.11"},
+        "status": "ok",
+        "executor": "triton",
+    }
+    return records.new(method=method, sparsity=sparsity, steps=20, **known | values)
+
+
+def test_table_has_the_baseline_first_means_and_dashes():
+    rows = [
+        row(psnr_db=20.0, lpips=0.1),
+        row(psnr_db=30.0, generate_s=2.0),
+        row("dense", 0.0, psnr_db=100.0),
+        row("a", 0.5),
+    ]
+    lines = [line.split() for line in summary.table(rows).splitlines()]
+    assert lines[0] == ["NVIDIA", "H200,", "torch", "2.11"]
+    head = lines[1]
+    assert [line[:4] for line in lines[2:]] == [
+        ["pocket", "dense", "0", "1"], ["pocket", "a", "0.5", "1"], ["pocket", "draft", "0.9", "2"]
+    ]  # fmt: skip
+    cells = dict(zip(head, lines[-1], strict=True))
+    assert (cells["psnr_db"], cells["lpips"], cells["generate_s"], cells["ssim"]) == ("25.00", "0.1000", "2.00", "-")
+
+
+def test_table_mixes_neither_machines_nor_settings():
+    rows = [row(psnr_db=1.0), row(psnr_db=2.0, device="AMD EPYC"), row(psnr_db=3.0, method_settings={"pool": "max"})]
+    text = summary.table(rows)
+    assert text.count("psnr_db") == 2 and "AMD EPYC, torch 2.11\n" in text
+    assert [group["psnr_db"] for group in summary.means(rows)] == [2.0, 3.0, 1.0]
+    assert text.count("pool=max") == 1 and "executor" not in text
+    assert "sparsity=None" not in summary.table([row(sparsity=None, method="dense"), row()])
+
+
+def test_table_lists_what_failed():
+    text = summary.table([row(), row(status="failed: out of memory", seed=3)])
+    assert text.endswith("failed: out of memory (pocket draft sparsity 0.9, prompt 'turn left', seed 3)")
+    assert [group["n"] for group in summary.means([row(), row(status="failed: x")])] == [1]
+    assert summary.table([]) == "no records"
