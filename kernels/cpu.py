@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ..attention import Plan
-from ..layout import Layout, permutation
-from ..parts import part
+from ..layout import Layout, Order, permutation
 
 LONGEST = 1.15  # keys of a call's longest block over its shortest; shorter ones are padded and masked
 MOST = 2**24  # gathered numbers a call
@@ -25,17 +24,16 @@ def refuse(q: Tensor, plan: Plan) -> str | None:
 def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, layout: Layout) -> tuple[Tensor, Tensor]:
     """See `draftbench.kernels`; any plan, float32, float64 or bfloat16."""
     batch, length, heads, dim = q.shape
-    q_order, kv_order = (permutation(order, layout, q.device) for order in (plan.q_order, plan.kv_order))
-    with part("order"):
-        q, k, v = (_ordered(x, order).view(-1, dim) for x, order in ((q, q_order), (k, kv_order), (v, kv_order)))
+    q_rows, kv_rows = (_rows(order, layout, batch, heads) for order in (plan.q_order, plan.kv_order))
+    q, k, v = (x.reshape(-1, dim) for x in (q, k, v))
     out = torch.zeros_like(q)
     lse = torch.full((len(q),), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     q_start, kv_start = (s.expand(batch, heads, -1).long() for s in (plan.q_offsets, plan.kv_offsets))
-    base = (torch.arange(batch * heads) * length).view(batch, heads, 1)
+    base = torch.arange(batch * heads) * length
     keys = _kept_keys(plan, kv_start.diff(dim=-1))
-    for rows in _groups(keys.flatten(), q_start.diff(dim=-1).flatten(), dim):
-        item, row = rows // plan.counts.shape[2], rows % plan.counts.shape[2]
+    for group in _groups(keys.flatten(), q_start.diff(dim=-1).flatten(), dim):
+        item, row = group // plan.counts.shape[2], group % plan.counts.shape[2]
         starts, ends = (q_start.flatten(0, 1)[item, row + i] for i in (0, 1))
         where, real = _tokens(starts[:, None], (ends - starts)[:, None])
         count = plan.counts.flatten(0, 1)[item, row]
@@ -44,29 +42,35 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, layout: Layout) -> tuple[Te
         blocks = torch.where(live, blocks, 0)
         first, last = (kv_start.flatten(0, 1)[item[:, None], blocks + i] for i in (0, 1))
         column, present = _tokens(first, torch.where(live, last - first, 0))
-        shift = base.flatten()[item, None]
-        queries = q[where + shift][:, None]
+        shift = base[item, None]
         mask = None
         if not present.all():
             mask = torch.zeros(present.shape, dtype=q.dtype).masked_fill_(~present, -torch.inf)[:, None, None]
-            mask = mask.expand(-1, 1, queries.shape[2], -1)
-        part_out, part_lse = attend(queries, k[column + shift][:, None], v[column + shift][:, None], attn_mask=mask)
-        out[(where + shift)[real]], lse[(where + shift)[real]] = part_out[:, 0][real], part_lse.view(real.shape)[real]
-    out, lse = out.view(batch, heads, length, dim), lse.view(batch, heads, length)
-    if q_order is not None:
-        with part("restore"):
-            where = q_order.expand(batch, heads, -1)
-            out = torch.zeros_like(out).scatter_(2, where[..., None].expand(-1, -1, -1, dim), out)
-            lse = torch.empty_like(lse).scatter_(2, where, lse)
-    return out.transpose(1, 2), lse
+            mask = mask.expand(-1, 1, where.shape[1], -1)
+        queries, columns = q_rows[where + shift], kv_rows[column + shift]
+        taken = (_taken(x, n) for x, n in ((q, queries), (k, columns), (v, columns)))
+        part_out, part_lse = attend(*taken, attn_mask=mask)
+        part_out, part_lse = part_out.reshape(-1, dim), part_lse.flatten()
+        queries, real = queries.flatten(), real.flatten()
+        if not real.all():
+            queries, part_out, part_lse = queries[real], part_out[real], part_lse[real]
+        out[queries], lse[queries] = part_out, part_lse
+    lse = lse.view(batch, length, heads).transpose(1, 2).contiguous()
+    return out.view(batch, length, heads, dim), lse
 
 
-def _ordered(x: Tensor, order: Tensor | None) -> Tensor:
-    """[B, S, H, D] to [B, H, S, D] in the plan's order, contiguous."""
-    x = x.transpose(1, 2)
-    if order is None:
-        return x.contiguous()
-    return x.gather(2, order.expand(x.shape[0], x.shape[1], -1)[..., None].expand(-1, -1, -1, x.shape[-1]))
+def _rows(order: Order, layout: Layout, batch: int, heads: int) -> Tensor:
+    """Of each item, head and place in order, the row of its token in [B, S, H, D] seen as [B * S * H, D]."""
+    tokens = permutation(order, layout, torch.device("cpu"))
+    if tokens is None:
+        tokens = torch.arange(layout.length)[None, None]
+    item, head = torch.arange(batch)[:, None, None], torch.arange(heads)[:, None]
+    return (((item * layout.length + tokens) * heads) + head).flatten()
+
+
+def _taken(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows of x [n, D] at rows [R, places], as a batch of one head: [R, 1, places, D]."""
+    return x.index_select(0, rows.flatten()).view(len(rows), 1, -1, x.shape[1])
 
 
 def _kept_keys(plan: Plan, sizes: Tensor) -> Tensor:
