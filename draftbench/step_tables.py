@@ -108,12 +108,12 @@ def _case(rows: Sequence[Row]) -> list[Table | str]:
             "s": "{generate_s:.1f}", "denoising": "{denoise_s:.1f}", "decoding": "{decode_s:.1f}",
             "not timed": "{not_timed}", "times over dense": "{speedup:.2f}",
         }  # fmt: skip
-        names = (
+        fields = (
             *("contestant", "sparsity", "dense_layers", "dense_steps", "steps", "density_effective", "compiled"),
             *("composed", "generate_s", "denoise_s", "decode_s", "not_timed", "speedup"),
         )
         note = "Whole generations, composed of the steps above or from a run:"
-        shown = [{name: row[name] for name in names} for row in generations]
+        shown = [{name: row[name] for name in fields} for row in generations]
         found.append(Table(f"{case}_generations", columns, shown, "", note))
     reasons: dict[tuple[str, str], list[str]] = defaultdict(list)
     for row in rows:
