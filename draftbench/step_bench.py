@@ -52,7 +52,8 @@ ROWS = "step.jsonl"
 KERNELS = ("fa4", "cudnn", "sdpa")  # the dense contestants that go through our hook
 DENSE_STEPS = 0.3  # of a generation
 TINY = (  # for the tests
-    "model.steps=10", "model.frames=9", "model.height=96", "model.width=160", "model.text_tokens=5", "model.dtype=float32",
+    "model.frames=9", "model.height=96", "model.width=160", "model.steps=10", "model.text_tokens=5",
+    "model.dtype=float32",
     "model.geometry={region: [4, 4], tile: [2, 2, 4], block: 8}",
     "++model.architecture={num_layers: 2, num_single_layers: 3, num_attention_heads: 2, attention_head_dim: 16, "
     "num_refiner_layers: 1, text_embed_dim: 16, pooled_projection_dim: 8, rope_axes_dim: [4, 6, 6]}",
