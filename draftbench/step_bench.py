@@ -161,7 +161,9 @@ def listing() -> list[str]:
 
 
 class Bench(Contest):
-    """See `Contest`."""
+    """See `Contest`. read: a model, and the seconds that its text takes."""
+
+    read: tuple[Any, float] = (None, 0.0)
 
     def run(self, jobs: Jobs) -> None:
         """Every model in turn, not compiled and then compiled: a compiled block stays so."""
@@ -197,6 +199,16 @@ class Bench(Contest):
                 elif dense and contestant.method and contestant.layers == case.layers and row["density_effective"]:
                     self.generations(name, case, model, contestant, row, dense)
         bar.close()
+
+    def with_text(self, seconds: float, model: Any) -> dict[str, Any]:
+        """A generation's seconds with those of encoding its text, which is timed at a model's first generation."""
+        if model is not self.read[0]:
+            encode = model.random_encoding()
+            encode()
+            start = _now(model.device)
+            encode()
+            self.read = model, _now(model.device) - start
+        return {"text_s": self.read[1], "generate_s": seconds + self.read[1], "not_timed": None}
 
     def new(self, name: str, model: Any, contestant: Contestant, what: str) -> dict[str, Any]:
         """A row that says what is to be measured."""
@@ -259,6 +271,7 @@ class Bench(Contest):
         row = self.new(name, model, contestant, "generation") | shared
         try:
             row |= Step(model, contestant).generation(DENSE_STEPS if contestant.method else 0.0)
+            row |= self.with_text(row["generate_s"], model) if self.config.text_encoders else {}
         except Exception as error:
             row["status"] = f"failed: {first_line(error)}"
         self.write(row)

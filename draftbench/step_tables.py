@@ -105,12 +105,12 @@ def _case(rows: Sequence[Row]) -> list[Table | str]:
             "contestant": "{contestant}", "sparsity": "{sparsity:g}", "dense layers": "{dense_layers}",
             "dense steps": "{dense_steps} of {steps}", "density": "{density_effective:.3f}",
             "": lambda row: MODES[row["compiled"]], "from": lambda row: "its steps" if row["composed"] else "a run",
-            "s": "{generate_s:.1f}", "denoising": "{denoise_s:.1f}", "decoding": "{decode_s:.1f}",
-            "not timed": "{not_timed}", "times over dense": "{speedup:.2f}",
+            "s": "{generate_s:.1f}", "text": "{text_s:.2f}", "denoising": "{denoise_s:.1f}",
+            "decoding": "{decode_s:.1f}", "not timed": "{not_timed}", "times over dense": "{speedup:.2f}",
         }  # fmt: skip
         fields = (
             *("contestant", "sparsity", "dense_layers", "dense_steps", "steps", "density_effective", "compiled"),
-            *("composed", "generate_s", "denoise_s", "decode_s", "not_timed", "speedup"),
+            *("composed", "generate_s", "text_s", "denoise_s", "decode_s", "not_timed", "speedup"),
         )
         note = "Whole generations, composed of the steps above or from a run:"
         shown = [{name: row[name] for name in fields} for row in generations]
