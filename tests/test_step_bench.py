@@ -127,6 +127,8 @@ def test_generations_are_composed_or_measured(rows):
             measured = one(rows, name, compiled, layers, "generation")
             assert measured["status"] == "ok" and measured["composed"] is False
             assert measured["generate_s"] > measured["denoise_s"] + measured["decode_s"] > measured["decode_s"] > 0
+            whole = one(rows, "sdpa", compiled, what="generation")["generate_s"]
+            assert measured["speedup"] == pytest.approx(whole / measured["generate_s"])
             assert measured["not_timed"] is None and measured["text_s"] >= 0
 
 
