@@ -186,7 +186,8 @@ def _ok(row: Row) -> bool:
 
 def _named(row: Row, *before: str) -> str:
     """A contestant with its sparsity and dense layers."""
-    layers = f" ({row['dense_layers']} dense layers)" if row["dense_layers"] else ""
+    count = row["dense_layers"]
+    layers = f" ({count} dense layer{'s' if count > 1 else ''})" if count else ""
     sparsity = f" {row['sparsity']:.0%}" if row["method_settings"] else ""
     return ", ".join([*before, f"{row['contestant']}{sparsity}{layers}"])
 

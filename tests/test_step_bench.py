@@ -255,7 +255,7 @@ def test_promote_tables_and_picture(run, rows, tmp_path, capsys):
     folders += [f"records={tmp_path / 'in'}", f"readme={tmp_path / 'R.md'}", f"quoted={tmp_path}"]
     (tmp_path / "R.md").write_text("<!-- table steps -->\n<!-- end -->\n")
     assert tables.main(folders) == 0 and tables.main([*folders, "--check"]) == 0
-    assert "| tiny, draft 50% (1 dense layers) | " in (tmp_path / "R.md").read_text()
+    assert "| tiny, draft 50% (1 dense layer) | " in (tmp_path / "R.md").read_text()
     assert (tmp_path / "figures" / "steps.png").is_file()
     page = (tmp_path / "out" / "steps.md").read_text()
     assert "| sdpa | 0 | 0 | 10 of 10 | 1.000 | compiled | its steps |" in page and "| a run |" in page
