@@ -44,7 +44,7 @@ from .layout import Layout
 from .methods.dense import Dense
 from .models.hook import Hook, shadowed, transformers
 from .peers import Absent
-from .step_tables import lacks, page
+from .step_tables import lacks, line, page
 
 __all__ = ["ROWS", "Bench", "lacks", "listing", "page", "plan"]
 
@@ -176,6 +176,11 @@ class Bench(Contest):
             torch._dynamo.reset()  # another size is another graph, and their number is limited
             gc.collect()
             torch.cuda.empty_cache()
+
+    def write(self, row: dict[str, Any]) -> None:
+        """See `Contest.write`; a row is told too, since minutes may pass before the next."""
+        super().write(row)
+        tqdm.write(line(row))
 
     def case(self, name: str, case: Case, chosen: list[Contestant]) -> None:
         """Make the model once and time every contestant on it."""

@@ -173,6 +173,14 @@ def grouped(row: Row) -> dict[str, float]:
     return {"kernel": parts["kernel"], "estimation and order": other, "rest": parts["rest"]}
 
 
+def line(row: Row) -> str:
+    """What a row says, for one who waits for the next."""
+    seconds = row["generate_s"] or (row["ms"] and row["ms"]["p50"] / 1000)
+    found = f"{number(seconds)} s" if seconds else row["status"]
+    against = f", {row['speedup']:.2f} times over dense" if row["speedup"] else ""
+    return f"{_named(row, row['case'])}, {MODES[row['compiled']]}, {row['what']}: {found}{against}"
+
+
 def lacks(row: Row) -> str | None:
     """What a row that has a time lacks, and why, or None: a dense time to compare with, or its parts."""
     if row["what"] == "step" and row["dense"] is None:
