@@ -16,6 +16,7 @@ from draftbench.kernels import run
 from draftbench.kernels.kmeans import kmeans
 from draftbench.methods.jenga import Jenga, adjacent, curve
 from draftbench.methods.radial import Radial, decay_mask
+from draftbench.methods.re_ttention import ReTtention
 from draftbench.methods.sparge import Sparge
 from draftbench.methods.sta import STA, choose_windows
 from draftbench.methods.svg import SVG
@@ -23,7 +24,7 @@ from draftbench.methods.svg2 import SVG2
 from draftbench.methods.vsa import VSA
 from draftbench.methods.xattention import XAttention
 
-from draftbench.attention import Call, Meter
+from draftbench.attention import Call, DenseParts, Meter
 from draftbench.layout import Box, Layout, permutation
 
 CPU = torch.device("cpu")
@@ -362,6 +363,66 @@ def test_sparge_is_the_papers_rule(grid, cdf, similarity):
             for j in range(len(columns)):
                 mask[i, j] = not q_alike[i] or not k_alike[j] or (any(k_alike) and j in where[:n].tolist())
         assert torch.equal(found[h], with_text(spread(mask, rows, columns), grid))
+
+
+@grids
+@pytest.mark.parametrize("window", [0.5, 0.9])
+def test_re_ttention_is_the_papers_rule(grid, window):
+    """Token by token: a full step, three steps that reuse it, a full one again, and one more."""
+    layout, method = Layout(grid, 5), ReTtention(window_sparsity=window, period=4, growth=0.3, block=8)
+    kept = kept_tokens(method, grid)[0]
+    state, meter, length = {}, Meter(), layout.length
+    torch.manual_seed(0)
+    for step in range(6, 12):
+        q, k, v = torch.randn(3, 1, length, 2, 16)
+        call = Call(layout, step, 12, 1, "cond", torch.tensor([5]), (3,), 0, state, run("cpu"), meter)
+        before = float(meter.kept[0]) if step > 6 else 0.0
+        out = method.attend(q, k, v, call)[0]
+        weight = (torch.einsum("qhd,khd->hqk", q[0], k[0]) / 4).exp()
+        windowed = torch.einsum("hqk,khd->qhd", weight * kept / (weight * kept).sum(-1, keepdim=True), v[0])
+        if step in (6, 10):
+            full = torch.einsum("hqk,khd->qhd", weight / weight.sum(-1, keepdim=True), v[0])
+            rho = ((weight * kept).sum(-1) / weight.sum(-1)).T[..., None]
+            residual, expected = full - rho * windowed, full
+            executed = 2 * length**2  # every pair once, of two heads
+        else:
+            expected = rho * windowed + residual
+            rho = (rho + 0.3).clamp(max=1)
+            executed = 2 * int(kept.sum())
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+        assert float(meter.kept[0]) - before == executed
+    assert meter.calls == meter.sparse_calls == 6 and float(meter.all[0]) == 6 * 2 * length**2
+
+
+@grids
+def test_re_ttentions_window_is_a_band_of_places_in_every_frame(grid):
+    found = kept_tokens(ReTtention(window_sparsity=0.6, block=8), grid)
+    frames, frame = grid[0], grid[1] * grid[2]
+    tokens = [t * frame + p for p in range(frame) for t in range(frames)]
+    pieces = [[tokens[i] for i in piece] for piece in cut(grid, 8)]
+    bands = []
+    for reach in range(len(pieces)):
+        near = [[abs(i - j) <= reach for j in range(len(pieces))] for i in range(len(pieces))]
+        bands.append(spread(near, pieces))
+    best = min(bands, key=lambda band: abs(float(band.float().mean()) - 0.4))
+    assert torch.equal(found, with_text(best, grid).expand(2, -1, -1))
+
+
+def test_re_ttention_counts_its_full_steps_and_refuses_what_they_leave_no_room_for():
+    assert ReTtention(0.5).schedule(15) == (5, (0.5 * 15 - 3) / 12)
+    assert ReTtention(0.75).schedule(15) == (5, (0.25 * 15 - 3) / 12)
+    period, density = ReTtention(0.9).schedule(15)
+    assert period == 15 and abs(density - 0.5 / 14) < 1e-9
+    for sparsity, active in ((0.95, 15), (0.5, 1), (0.9, 10)):
+        with pytest.raises(ValueError, match=rf"sparsity={sparsity} is out of re_ttention's reach in {active} active"):
+            ReTtention(sparsity).schedule(active)
+    ReTtention(0.9).meet(SimpleNamespace(steps=20), DenseParts(0.25))
+    with pytest.raises(ValueError, match="in 10 active steps"):
+        ReTtention(0.9).meet(SimpleNamespace(steps=20), DenseParts(0.5))
+    with pytest.raises(ValueError, match=r"method.window_sparsity must be null or in \[0, 1\), got 1.2"):
+        ReTtention(window_sparsity=1.2)
+    with pytest.raises(ValueError, match=r"method.period must be at least 1, got 0"):
+        ReTtention(period=0)
 
 
 def official(request, path, *names):
