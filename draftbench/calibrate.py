@@ -90,11 +90,11 @@ class Search(Session):
         grid = call.layout.grid
         self.options = list({option: 0 for x in self.sparsities for option in method.options(grid, x)})
         dense = self.dense(q, k, v, call.layout, self.on_host(call.text_lengths))
-        size = dense.double().square().sum((0, 1, 3))
+        size = dense.float().square().sum((0, 1, 3))
         found = []
         for option in self.options:
             out, _ = self.executor(q, k, v, method.option_plan(option, q, call), call.layout)
-            found.append((out - dense).double().square().sum((0, 1, 3)) / size)
+            found.append((out.float() - dense.float()).square().sum((0, 1, 3)) / size)
         self.noted.setdefault((call.step, call.layer), []).append(torch.stack(found))
         return dense
 
@@ -102,7 +102,7 @@ class Search(Session):
         """The means over all calls of a step and a layer: clips and guidance branches."""
         steps, layers = (sorted(set(keys)) for keys in zip(*self.noted, strict=True))
         rows = [torch.stack([torch.stack(self.noted[s, x]).mean(0) for x in layers]) for s in steps]
-        every = torch.stack(rows).cpu()  # [steps, layers, options, heads]
+        every = torch.stack(rows).double().cpu()  # [steps, layers, options, heads]
         return Losses(steps, layers, {option: every[:, :, i] for i, option in enumerate(self.options)})
 
 
