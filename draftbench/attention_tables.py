@@ -80,10 +80,10 @@ def short(rows: Sequence[Row]) -> Table:
                 [get(f"kernel_{name}", mask) for name in names] for mask in ("captured", "balanced", "trimmed")
             )
             lines = {
-                "ms, whole operation": [_spread(row) for row in whole],
-                "share of the ideal, whole operation": [_value(row, "ideal_share", ".2f") for row in whole],
-                "speed-up over dense, whole operation": [_value(row, "speedup", ".2f") for row in whole],
-                "ms of the selection": [_spread(row, "plan_ms") for row in whole],
+                "ms, whole operation": [spread(row) for row in whole],
+                "share of the ideal, whole operation": [value(row, "ideal_share", ".2f") for row in whole],
+                "speed-up over dense, whole operation": [value(row, "speedup", ".2f") for row in whole],
+                "ms of the selection": [spread(row, "plan_ms") for row in whole],
             }
             others = {}
             for mask, ours in (("captured", kernel), ("balanced", even)):
@@ -91,7 +91,7 @@ def short(rows: Sequence[Row]) -> Table:
                 line = f"ms of the kernel, share of the ideal, {mask}"
                 lines[line], others[line] = [_with_share(row) for row in ours], _fastest(here)
             lines |= {
-                "TFLOP/s of the kernel, captured": [_value(row, "tflops", ".3g") for row in kernel],
+                "TFLOP/s of the kernel, captured": [value(row, "tflops", ".3g") for row in kernel],
                 "time a pair, captured over random": list(map(_skew, kernel, even)),
                 "time a pair, captured over trimmed": list(map(_skew, kernel, trimmed)),
             }
@@ -111,8 +111,8 @@ def _shape(rows: list[Row]) -> list[Table | str]:
     )
     columns: dict[str, Column] = {
         "sparsity": "{sparsity:g}", "mask": "{mask}", "contestant": "{contestant}",
-        "achieved": "{sparsity_achieved:.3f}", "ms": lambda row: f"{_spread(row)} ({row['ms']['n']})",
-        "dense ms": lambda row: _value(row["dense"], "ms", ".4g"), "TFLOP/s": "{tflops:.3g}",
+        "achieved": "{sparsity_achieved:.3f}", "ms": lambda row: f"{spread(row)} ({row['ms']['n']})",
+        "dense ms": lambda row: value(row["dense"], "ms", ".4g"), "TFLOP/s": "{tflops:.3g}",
         "speed-up": "{speedup:.2f}", "ideal": "{ideal_share:.3f}", "error": "{error[all]:.1e} ({error[worst]:.1e})",
         "GiB": "{peak_memory_gib:.2f}",
     }  # fmt: skip
@@ -213,23 +213,23 @@ def _asked(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """At most four significant digits, and three behind the point."""
     value = float(f"{value:.4g}")
     return f"{value:.{max(0, 4 - max(1, len(str(int(value)))))}f}"
 
 
-def _spread(row: Row | None, name: str = "ms") -> str:
+def spread(row: Row | None, name: str = "ms") -> str:
     """Median [20%, 80%] of a row's times."""
     if row is None or not row.get(name):
         return "-"
-    p20, p50, p80 = (_number(row[name][key]) for key in ("p20", "p50", "p80"))
+    p20, p50, p80 = (number(row[name][key]) for key in ("p20", "p50", "p80"))
     return f"{p50} [{p20}, {p80}]"
 
 
 def _with_share(row: Row | None) -> str:
-    share = _value(row, "ideal_share", ".2f")
-    return _spread(row) + ("" if share == "-" else f", {share}")
+    share = value(row, "ideal_share", ".2f")
+    return spread(row) + ("" if share == "-" else f", {share}")
 
 
 def _fastest(rows: Sequence[Row]) -> str:
@@ -239,12 +239,12 @@ def _fastest(rows: Sequence[Row]) -> str:
     return "; ".join(f"{row['contestant']} {_with_share(row)}" for row in near) or "-"
 
 
-def _value(row: Row | None, name: str, form: str) -> str:
+def value(row: Row | None, name: str, form: str) -> str:
     return "-" if row is None or row[name] is None else format(row[name], form)
 
 
 def _part(name: str) -> Column:
-    return lambda row: _number(row[name]) if name in row else "-"
+    return lambda row: number(row[name]) if name in row else "-"
 
 
 def _skew(captured: Row | None, other: Row | None) -> str:

@@ -64,9 +64,9 @@ def normalise(argv: list[str], groups: list[str]) -> list[str]:
     return [pattern.sub(r"\1=", argument, count=1) if pattern.match(argument) else argument for argument in argv]
 
 
-def groups() -> list[str]:
-    """The groups in the defaults list of conf/config.yaml."""
-    return list(defaults((files(CONFIGS) / "config.yaml").read_text(encoding="utf-8")))
+def groups(name: str = "config") -> list[str]:
+    """The groups in the defaults list of a config in conf/."""
+    return list(defaults((files(CONFIGS) / f"{name}.yaml").read_text(encoding="utf-8")))
 
 
 def task(config: DictConfig) -> None:
@@ -332,7 +332,7 @@ def message(error: BaseException, overrides: Sequence[str] = (), name: str = "co
 
 def _unknown(given: str, overrides: Sequence[str], name: str) -> ValueError:
     """The error for an unknown key: the nearest keys of the chosen groups, and those beside it."""
-    chosen = [o for o in overrides if _key(o) in groups() and not re.search(r"[,{]", o) and o[0] not in "+~"]
+    chosen = [o for o in overrides if _key(o) in groups(name) and not re.search(r"[,{]", o) and o[0] not in "+~"]
     try:
         with _configs():
             config = hydra.compose(name, chosen, return_hydra_config=given.startswith("hydra."))

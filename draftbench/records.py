@@ -40,6 +40,16 @@ ATTENTION = (
 )
 # plan_ms: of the selection alone; parts_failed: why parts_ms is null; requested: what the run was asked for.
 ATTENTION_LATER = ("plan_ms", "parts_failed", "requested")
+# Those of kind "step" (draftbench.bench, bench=step): a step of a whole model, or a generation made of steps.
+STEP = (
+    *("schema_version", "kind", "cell_id", "run", "what", "case", "model", "model_settings", "grid", "forwards"),
+    *("contestant", "method_settings", "executors_run", "sparsity", "sparsity_achieved", "density_effective"),
+    *("dense_layers", "compiled", "ms", "times_ms", "attention_ms", "parts_ms", "parts_failed", "warm_up_s"),
+    *("composed", "steps", "dense_steps", "generate_s", "denoise_s", "decode_s", "not_timed"),
+    *("peak_memory_gib", "memory_over_dense_gib", "dense", "speedup", "requested"),
+    *("device", "versions", "commit", "dirty", "status", "timestamp"),
+)
+_KINDS = {"attention": (*ATTENTION, *ATTENTION_LATER), "step": STEP}  # others are of FIELDS and LATER
 
 
 def new(**values: Any) -> dict[str, Any]:
@@ -48,7 +58,6 @@ def new(**values: Any) -> dict[str, Any]:
     Raises ValueError for an unknown field, a NaN or infinity, what JSON cannot hold, or a status that is neither "ok"
     nor "failed: <reason>" (nor "absent: <reason>" of a contestant that cannot run).
     """
-    attention = values.get("kind") == "attention"
     if unknown := sorted(set(values) - set(fields := _fields(values))):
         raise ValueError(f"unknown record fields {unknown}; known: {', '.join(fields)}")
     now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -60,7 +69,7 @@ def new(**values: Any) -> dict[str, Any]:
         except (TypeError, ValueError) as error:
             raise ValueError(f"record field {name} must be valid JSON, got {value!r}: {error}") from error
     status = record["status"]
-    reasons = ("failed: ", "absent: ") if attention else ("failed: ",)
+    reasons = ("failed: ", "absent: ") if values["kind"] in _KINDS else ("failed: ",)
     if status not in (None, "ok") and not str(status).startswith(reasons):
         allowed = " or ".join(f"'{name}<reason>'" for name in reasons)
         raise ValueError(f"record field status must be 'ok' or {allowed}, got {status!r}")
@@ -68,7 +77,7 @@ def new(**values: Any) -> dict[str, Any]:
 
 
 def _fields(record: Mapping[str, Any]) -> tuple[str, ...]:
-    return (*ATTENTION, *ATTENTION_LATER) if record.get("kind") == "attention" else (*FIELDS, *LATER)
+    return _KINDS.get(str(record.get("kind")), (*FIELDS, *LATER))
 
 
 def upgrade(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,7 +237,7 @@ def promote(
     records = read_all(folders)
     if not records:
         raise ValueError("no records under the given folders")
-    if "attention" in (kinds := {str(record.get("kind")) for record in records}) and len(kinds) > 1:
+    if (kinds := {str(record.get("kind")) for record in records}) & set(_KINDS) and len(kinds) > 1:
         raise ValueError(f"records of kinds {sorted(kinds)} do not mix")
     dirty = [record for record in records if record.get("dirty") is not False]
     if dirty and not allow_dirty:
@@ -255,6 +264,8 @@ def _order(record: Mapping[str, Any]) -> list[Any]:
     names: tuple[str, ...] = ("model", "method", "sparsity", "prompt", "seed", "cell_id")
     if record.get("kind") == "attention":
         names = ("shape", "sparsity", "mask", "contestant", "cell_id")
+    elif record.get("kind") == "step":
+        names = ("case", "what", "compiled", "sparsity", "contestant", "dense_layers", "cell_id")
     values = [record.get(name) for name in names]
     return [(value is not None, 0 if value is None else value) for value in values]
 

@@ -130,6 +130,20 @@ class Bench:
 
 
 @dataclasses.dataclass
+class Step:
+    """The step benchmark, which knows the names of models and methods."""
+
+    models: Annotated[list[str], "a non-empty list of distinct models", str.strip]
+    methods: Annotated[list[str], "a non-empty list of distinct methods", str.strip]
+    sparsities: Annotated[list[float] | None, "null or distinct numbers in [0, 1)", lambda x: 0 <= x < 1]
+    layers: Annotated[list[int] | None, "null or distinct integers of at least 0", lambda x: x >= 0]
+    compile: list[bool]
+    repeats: Count
+    dense_repeats: Count
+    generation: Switch
+
+
+@dataclasses.dataclass
 class Contrasts:
     """What draftbench.tables compares, and how its bootstrap draws."""
 
@@ -177,15 +191,16 @@ def check(config: DictConfig) -> None:
     method(config)
 
 
-def check_bench(config: DictConfig) -> None:
-    """As `check`, for the keys under `bench` of the attention benchmark's config; one item may stand for a list."""
-    for name in ("shapes", "sparsities", "masks", "contestants"):
+def check_bench(config: DictConfig, kind: str) -> None:
+    """As `check`, for the keys under `bench` of the benchmark of that name; one item may stand for a list."""
+    known = {"attention": Bench, "step": Step}[kind]
+    for name in ("shapes", "sparsities", "masks", "contestants", "models", "methods", "layers", "compile"):
         if name in config.bench and not isinstance(item := _value(config.bench, name, "bench."), list | None):
             config.bench[name] = [item]
     for name in map(str, config):
         if name not in ("bench", "hydra"):
             raise unknown(f"{name}={config[name]}", ["bench"])
-    _fields(config.bench, Bench, "bench.")
+    _fields(config.bench, known, "bench.")
 
 
 def check_tables(config: DictConfig) -> None:
@@ -288,6 +303,9 @@ def _judge(key: str, value: Any, hint: Any) -> None:
     if get_origin(hint) is Annotated:
         kind, allowed, *rest = get_args(hint)
         test = rest[0] if rest else _anything
+    if value is None and type(None) in get_args(kind):
+        return
+    kind = next((one for one in get_args(kind) if get_origin(one) is list), kind)  # of a list or null
     if get_origin(kind) is list:
         if not isinstance(value, list) or not (value or key in _EMPTY):
             raise _wrong(key, allowed, value)

@@ -2,7 +2,7 @@
 
 For each file of records a Markdown page, and a CSV and a LaTeX file of each of its tables; a short form of it between
 the README's markers `<!-- table NAME -->` and `<!-- end -->`; a page for each paper of results/quoted; pictures of the
-attention benchmark in results/figures, which hold the digest of their records. `paper=NAME` prints one paper's page and
+benchmarks in results/figures, which hold the digest of their records. `paper=NAME` prints one paper's page and
 writes nothing. Keys: conf/tables.yaml. Exit codes: 0; 1 if `--check` finds something out of date or
 a record is damaged, which no table has then; 2 if nothing was done.
 """
@@ -20,11 +20,12 @@ from typing import Any
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 
-from . import attention_tables, cli, method_tables, paper_tables, records, schema
+from . import attention_tables, cli, method_tables, paper_tables, records, schema, step_tables
 from .help import CONFIGS
 from .tabular import Page
 
 Rows = list[dict[str, Any]]
+DRAWN: dict[str, Any] = {"attention": attention_tables, "step": step_tables}  # by the kind of records: those of benches
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,7 +74,7 @@ def _all(config: DictConfig) -> int:
         raise ValueError("two pages have one name: rename a file of records or of quoted numbers")
     if (readme_path := Path(config.readme)).is_file():
         files[readme_path] = readme(readme_path.read_text(), {source.stem: short(g) for source, g in rows.items()})
-    pictures = {Path(config.figures) / f"{s.stem}.png": s for s, group in rows.items() if _attention(group)}
+    pictures = {Path(config.figures) / f"{s.stem}.png": s for s, group in rows.items() if _kind(group) in DRAWN}
     stale = [path for path, source in pictures.items() if _drawn_from(path) != _digest(source)]
     stale += [path for path, text in files.items() if not path.is_file() or path.read_text() != text]
     for path in stale:
@@ -84,7 +85,8 @@ def _all(config: DictConfig) -> int:
             if path in files:
                 temporary.write_text(files[path])
             else:
-                attention_tables.figure(rows[pictures[path]], temporary, _digest(pictures[path]))
+                group = rows[pictures[path]]
+                DRAWN[_kind(group)].figure(group, temporary, _digest(pictures[path]))
         print(path)
     return max(_tell(damaged), int(bool(config.check and stale)))
 
@@ -98,8 +100,9 @@ def _tell(damaged: list[str]) -> int:
 
 def page(source: Path, rows: Rows, config: DictConfig) -> Page:
     """The page of a file of records, with the diagnostics beside it if there are any."""
-    if _attention(rows):
-        return attention_tables.page(rows, source.stem)
+    if bench := DRAWN.get(_kind(rows)):
+        made: Page = bench.page(rows, source.stem)
+        return made
     notes = source.with_suffix(".diagnostics.json")
     found = json.loads(notes.read_text()) if notes.is_file() else []
     rule = method_tables.Contrasts(**OmegaConf.to_container(config.contrasts))  # type: ignore[arg-type]
@@ -108,7 +111,8 @@ def page(source: Path, rows: Rows, config: DictConfig) -> Page:
 
 def short(rows: Rows) -> str:
     """The table of a file of records for the README."""
-    return (attention_tables if _attention(rows) else method_tables).short(rows).grid()
+    text: str = DRAWN.get(_kind(rows), method_tables).short(rows).grid()
+    return text
 
 
 def readme(text: str, tables: dict[str, str]) -> str:
@@ -145,8 +149,8 @@ def _drawn_from(path: Path) -> str | None:
         return None
 
 
-def _attention(rows: Rows) -> bool:
-    return rows[0].get("kind") == "attention"
+def _kind(rows: Rows) -> str:
+    return str(rows[0].get("kind"))
 
 
 if __name__ == "__main__":

@@ -23,26 +23,29 @@ def name(device: torch.device) -> str:
     return "cudnn" if fa4.unavailable(device) else "fa4"
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, layout: Layout, text_lengths: Sequence[int] | Tensor) -> Tensor:
+def run(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, text_lengths: Sequence[int] | Tensor, kernel: str | None = None
+) -> Tensor:
     """Dense attention [B, S, H, D] over the real tokens of each item; rows of text padding come out as zero.
 
-    `name`'s kernel; torch's own choice in float32, cuDNN for head dims that FlashAttention-4 does not take. Items of
+    kernel: one of `name`'s, null its choice; torch's own in float32, cuDNN for head dims that FlashAttention-4 does not
+    take. Items of
     different real text lengths run one by one with their padding cropped, since a mask would keep the call off the
     fast kernels.
     """
     text = text_lengths.tolist() if isinstance(text_lengths, Tensor) else text_lengths
     lengths = [layout.video + n for n in text] if layout.text else [layout.video] * len(q)
     if all(length == q.shape[1] for length in lengths):
-        return _attend(q, k, v)
+        return _attend(q, k, v, kernel)
     out = torch.zeros_like(q)
     for item, length in enumerate(lengths):
         rows = slice(item, item + 1)
-        out[rows, :length] = _attend(q[rows, :length], k[rows, :length], v[rows, :length])
+        out[rows, :length] = _attend(q[rows, :length], k[rows, :length], v[rows, :length], kernel)
     return out
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    kernel = "sdpa" if q.dtype == torch.float32 else name(q.device)
+def _attend(q: Tensor, k: Tensor, v: Tensor, kernel: str | None) -> Tensor:
+    kernel = "sdpa" if q.dtype == torch.float32 else kernel or name(q.device)
     if kernel == "fa4" and q.shape[-1] in fa4.HEAD_DIMS:
         from flash_attn.cute.interface import _flash_attn_fwd
 

@@ -84,14 +84,14 @@ class Hook:
                 blocks = self.blocks(transformer)
                 found = stack.enter_context(handles(self.attend, len(blocks)))
                 name_branch = functools.partial(self.cache_context, transformer.cache_context)
-                stack.enter_context(_shadowed(transformer, "cache_context", name_branch))
+                stack.enter_context(shadowed(transformer, "cache_context", name_branch))
                 stack.callback(transformer.register_forward_pre_hook(self.before_forward, with_kwargs=True).remove)
                 for layer, block in enumerate(blocks):
                     attention = getattr(block, self.attention)
                     stack.callback(setattr, attention, "processor", attention.processor)
                     attention.processor = self.processor(found[layer], self)
             scheduler = self.pipe.scheduler
-            stack.enter_context(_shadowed(scheduler, "step", self.followed(scheduler.step)))
+            stack.enter_context(shadowed(scheduler, "step", self.followed(scheduler.step)))
             yield
 
     @contextmanager
@@ -192,7 +192,7 @@ def in_patches(sizes: tuple[int, ...], patch: tuple[int, ...]) -> tuple[int, int
 
 
 @contextmanager
-def _shadowed(owner: Any, name: str, value: Any) -> Iterator[None]:
+def shadowed(owner: Any, name: str, value: Any) -> Iterator[None]:
     """An attribute of this instance in front of its class's."""
     setattr(owner, name, value)
     try:

@@ -83,6 +83,7 @@ class HunyuanVideo(Pipeline):
     true_cfg: float
 
     hook = HunyuanVideoHook
+    random_vae_kind = "AutoencoderKLHunyuanVideo"
 
     def __post_init__(self) -> None:
         if not self.shift > 0:

@@ -8,12 +8,14 @@ come out as zero and only padding reads them).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
 import json
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -64,6 +66,7 @@ class Pipeline:
     architecture: dict[str, Any] = field(default_factory=dict)
 
     hook: ClassVar[type[Hook]]
+    random_vae_kind: ClassVar[str | None] = None  # diffusers' class, where its default sizes are the checkpoints'
     rest: ClassVar[dict[str, str]] = {}  # dtypes of other components where they are not the transformer's
     ratios: ClassVar[tuple[int, int]] = (4, 8)  # frames and pixels in one of the latent's, where no config says
     multiple: ClassVar[int] = 16  # of pixels that the pipeline asks for
@@ -168,20 +171,36 @@ class Pipeline:
         """A transformer of the configured architecture, made on the device; diffusers' float32 modules stay so."""
         import diffusers
 
-        kind, before = getattr(diffusers, self.hook.transformer), torch.get_default_dtype()
-        cards = [self.device] if self.device.type == "cuda" else []
-        try:
-            torch.set_default_dtype(getattr(torch, self.dtype))
-            with torch.random.fork_rng(cards), torch.device(self.device):
-                torch.manual_seed(seed)
-                network = kind(**self.architecture).eval().requires_grad_(False)
-        finally:
-            torch.set_default_dtype(before)
+        kind = getattr(diffusers, self.hook.transformer)
+        network = self._random_network(functools.partial(kind, **self.architecture), self.dtype, seed)
         exact = set(kind._keep_in_fp32_modules or ())
         for name, parameter in network.named_parameters():
             if exact & set(name.split(".")):
                 parameter.data = parameter.data.float()
         return network
+
+    def random_vae(self) -> Any:
+        """A VAE of diffusers' default sizes, which are those of the checkpoints of `random_vae_kind`."""
+        import diffusers
+
+        if self.random_vae_kind is None:
+            raise ValueError(f"model={self.name} has no VAE of random weights")
+        dtype = self.rest_dtypes.get("vae", self.rest_dtypes.get("default", self.dtype))
+        network = self._random_network(getattr(diffusers, self.random_vae_kind), dtype, 0)
+        if self.vae_tiling:
+            network.enable_tiling()
+        return network
+
+    def _random_network(self, make: Callable[[], Any], dtype: str, seed: int) -> Any:
+        """A network whose parameters are drawn on the device in their own dtype."""
+        before, cards = torch.get_default_dtype(), [self.device] if self.device.type == "cuda" else []
+        try:
+            torch.set_default_dtype(getattr(torch, dtype))
+            with torch.random.fork_rng(cards), torch.device(self.device):
+                torch.manual_seed(seed)
+                return make().eval().requires_grad_(False)
+        finally:
+            torch.set_default_dtype(before)
 
     def compile_blocks(self, pipe: Any, backend: str = "inductor") -> None:
         """Compile each block of the transformers; a text of another length is another graph."""

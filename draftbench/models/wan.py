@@ -68,6 +68,7 @@ class Wan(Pipeline):
     boundary: float | None = None
 
     hook = WanHook
+    random_vae_kind = "AutoencoderKLWan"
     rest: ClassVar[dict[str, str]] = {"vae": "float32"}
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from draftbench.kernels import reference
 
-from draftbench import attention_tables, bench, cases, kernels, peers, records, tables
+from draftbench import attention_bench, attention_tables, bench, cases, kernels, peers, records, tables
 from draftbench.cases import SHAPES, Shape
 from draftbench.peers import Absent, Contestant, Ready
 
@@ -61,7 +61,7 @@ def test_a_run_has_every_row(rows):
     row = seen["draft_cpu", "captured", 0.9]
     assert row["kind"] == "attention" and row["cell_id"] and row["commit"] and isinstance(row["dirty"], bool)
     assert {"torch", "flash_attn_4", "fastvideo_kernel"} <= set(row["versions"])
-    assert row["ms"]["n"] >= bench.LEAST and row["ms"]["p20"] <= row["ms"]["p50"] <= row["ms"]["p80"]
+    assert row["ms"]["n"] >= attention_bench.LEAST and row["ms"]["p20"] <= row["ms"]["p50"] <= row["ms"]["p80"]
     assert row["sparsity_achieved"] == pytest.approx(0.9, abs=0.02) and row["error"]["worst"] < row["tolerance"]
     assert set(row["parts_ms"]) >= {"pool", "score", "select", "list", "order", "kernel", "restore", "rest"}
     other = seen["kernel_cpu", "captured", 0.9]
@@ -85,7 +85,7 @@ def test_rates(rows):
 
 def test_share_of_the_ideal():
     row = {"ms": {"p50": 40.0}, "kept_pairs": 1e10, "all_pairs": 1e11, "dense": {"ms": 300.0}}
-    bench.rate(row, Shape((1, 1, 1), 1, 128))
+    attention_bench.rate(row, Shape((1, 1, 1), 1, 128))
     assert row["ideal_share"] == pytest.approx(0.75) and row["speedup"] == 7.5
     assert row["tflops"] == pytest.approx(4 * 128 * 1e10 / 0.04 / 1e12)
 
@@ -155,7 +155,7 @@ def test_the_difference_of_two_outputs():
     assert cases.difference(out, other)["all"] == pytest.approx(float(out[0, 7, 2].norm() / other.norm()))
     other[0, 7, 2, 3] = torch.nan
     for pair in ((out, other), (other, out)):
-        assert not bench.within(cases.difference(*pair), 1e9)
+        assert not attention_bench.within(cases.difference(*pair), 1e9)
     with pytest.raises(ValueError, match="shape"):
         cases.difference(out, out[:, 1:])
 
@@ -213,10 +213,10 @@ def test_a_wrong_lse_fails():
     ready = peers.contestants()["kernel_cpu"].make(made)
     wrong = replace(ready, lse=lambda result: result[1] + 0.1)
     with pytest.raises(ValueError, match=r"wrong LSE: off by 0\.1 in a sampled row, above 0\.01"):
-        bench.check(wrong, made, {"tolerance": 1e-4})
+        attention_bench.check(wrong, made, {"tolerance": 1e-4})
     row = {"tolerance": 1e-4}
     with pytest.raises(ValueError, match="wrong LSE: off by nan"):
-        bench.check(replace(ready, lse=lambda result: result[1] * torch.nan), made, row)
+        attention_bench.check(replace(ready, lse=lambda result: result[1] * torch.nan), made, row)
     assert "lse" not in row["error"]  # JSON has no NaN
 
 
@@ -235,7 +235,7 @@ def test_rows_say_that_the_dense_kernel_failed(monkeypatch, tmp_path, capsys):
         return replace(ready, run=run)
 
     sdpa = Contestant("sdpa", "dense", lambda case: breaking(None, case), "", "cpu")
-    monkeypatch.setattr(bench, "timings", lambda budget_s, once_ms: 20)
+    monkeypatch.setattr(attention_bench, "timings", lambda budget_s, once_ms: 20)
     code, rows = started(monkeypatch, tmp_path / "run", sdpa)
     assert code == 1 and "lack their dense time or their parts" in capsys.readouterr().err
     row = rows["kernel_cpu"]
@@ -251,7 +251,7 @@ def test_a_pass_for_the_parts_that_raises_loses_no_row(monkeypatch, tmp_path):
     def broken(ready, shape):
         raise RuntimeError("no parts today")
 
-    monkeypatch.setattr(bench, "parts_ms", broken)
+    monkeypatch.setattr(attention_bench, "parts_ms", broken)
     code, rows = started(monkeypatch, tmp_path / "run")
     row = rows["draft_cpu"]
     assert code == 1 and row["status"] == "ok" and row["ms"] and row["speedup"] and row["parts_ms"] is None
@@ -262,7 +262,7 @@ def test_a_pass_for_the_parts_that_raises_loses_no_row(monkeypatch, tmp_path):
     def stopped(ready, shape):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench, "parts_ms", stopped)
+    monkeypatch.setattr(attention_bench, "parts_ms", stopped)
     code, rows = started(monkeypatch, tmp_path / "other")
     assert code == 130 and rows["kernel_cpu"]["ms"] and rows["draft_cpu"]["ms"]
 
@@ -271,7 +271,7 @@ def test_a_pass_for_the_parts_that_raises_loses_no_row(monkeypatch, tmp_path):
     ("once_ms", "count"), [(1e-9, 100), (2, 50), (20, 20), (99, 20), (100, 5), (4000, 5)]
 )  # fmt: skip
 def test_timings_of_a_row(once_ms, count):
-    assert bench.timings(0.1, once_ms) == count
+    assert attention_bench.timings(0.1, once_ms) == count
 
 
 def test_lying_absent_and_crashing_contestants(monkeypatch, tmp_path, capsys):
@@ -440,10 +440,12 @@ def spread(ms):
 
 def test_rows_of_older_runs_have_a_table(rows):
     text = attention_tables.page(rows, "some").markdown()
-    assert "Asked for: draft_cpu, " in text and "not asked for: none." in text and f", {bench.RULE}." in text
+    assert "Asked for: draft_cpu, " in text and "not asked for: none." in text and f", {attention_bench.RULE}." in text
     old = [{k: v for k, v in row.items() if k not in records.ATTENTION_LATER} for row in rows]
     text = attention_tables.page(old, "some").markdown()
-    assert not any(word in text for word in ("Asked for", "selection |", "Selection", bench.RULE, "Incomplete"))
+    assert not any(
+        word in text for word in ("Asked for", "selection |", "Selection", attention_bench.RULE, "Incomplete")
+    )
 
 
 @pytest.mark.parametrize(
@@ -452,7 +454,7 @@ def test_rows_of_older_runs_have_a_table(rows):
      (999.96, "1000"), (12345.6, "12350")],
 )  # fmt: skip
 def test_four_digits(value, text):
-    assert attention_tables._number(value) == text
+    assert attention_tables.number(value) == text
 
 
 def test_a_reason_that_holds_the_word_absent_is_a_failure(rows):
@@ -534,7 +536,7 @@ def test_a_contestant_computes_what_its_plan_says(name, mask, packages):
     live = torch.arange(made.plan.blocks.shape[-1]) < made.plan.counts[..., None]
     made.plan.blocks[~live] = 2**30  # what lies behind the counts may be anything
     row = {"tolerance": 1e-4}
-    bench.check(contestant.make(made), made, row)
+    attention_bench.check(contestant.make(made), made, row)
     assert row["error"]["worst"] < 1e-5
     assert row["sparsity_achieved"] == pytest.approx(0 if mask == "dense" else 0.6, abs=0.1)
 
@@ -578,11 +580,11 @@ def test_turns():
 
         return timed
 
-    a, b, c = bench.in_turn([run("a"), run("b"), run("c", True)], [4, 2, 4])
+    a, b, c = attention_bench.in_turn([run("a"), run("b"), run("c", True)], [4, 2, 4])
     assert len(a) == 4 and len(b) == 2 and c == "RuntimeError: broke"
     assert "".join(log) == "cba" + "abaaba" and log.count("c") == 1  # a round that is not timed, then four
     assert min(a + b) > 3
-    assert bench.in_turn([], []) == []
+    assert attention_bench.in_turn([], []) == []
 
 
 def test_a_line_is_whole(tmp_path):

@@ -1,0 +1,452 @@
+"""bench=step: one denoising step of a whole model at full size with random weights, for latency; see bench.py.
+
+A step is one forward, or one for each branch of guidance that the model runs by itself, and the scheduler's own step.
+Contestants run one after the other in one process on one model, dense ones first; each row divides by the dense kernel
+of the lowest median so far of the same compile mode. A sparse step is an active one: no step is dense in these runs,
+but the first layers may be. Before its timings a contestant runs a step of the network with few of its blocks, which
+compiles and loads what a step needs, for a whole one may take half a minute. A row of a whole generation is composed of
+the steps that were measured, or measured itself if generation=true; 30% of its steps are dense, as in DraftAttention's
+code.
+
+The network is made on the device in its own dtype, so its making costs no more than drawing the numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import importlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig
+from torch import Tensor
+from torch._dynamo.utils import counters
+from tqdm import tqdm
+
+from draftbench.kernels import dense as dense_kernel
+from draftbench.kernels import fa4, resolve, run
+
+from . import parts, records, schema
+from .attention import DenseParts, Meter, Method, Plan, Request, Session
+from .cases import threads
+from .contest import Contest, first_line, names
+from .help import CONFIGS
+from .knob import Knobbed
+from .latency import Timer, Timing, quantiles
+from .layout import Layout
+from .methods.dense import Dense
+from .models.hook import Hook, shadowed, transformers
+from .peers import Absent
+from .step_tables import lacks, page
+
+__all__ = ["ROWS", "Bench", "lacks", "listing", "page", "plan"]
+
+ROWS = "step.jsonl"
+KERNELS = ("fa4", "cudnn", "sdpa")  # the dense contestants that go through our hook
+DENSE_STEPS = 0.3  # of a generation
+TINY = (  # for the tests
+    "model.steps=10", "model.frames=9", "model.height=96", "model.width=160", "model.text_tokens=5", "model.dtype=float32",
+    "model.geometry={region: [4, 4], tile: [2, 2, 4], block: 8}",
+    "++model.architecture={num_layers: 2, num_single_layers: 3, num_attention_heads: 2, attention_head_dim: 16, "
+    "num_refiner_layers: 1, text_embed_dim: 16, pooled_projection_dim: 8, rope_axes_dim: [4, 6, 6]}",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model by the overrides of its config; DraftAttention's sparsities and dense layers for it; threads of a CPU."""
+
+    overrides: tuple[str, ...]
+    sparsities: tuple[float, ...]
+    layers: int
+    device: str = "cuda"
+    threads: int | None = None
+
+    def config(self, *more: str) -> DictConfig:
+        """The config of a job with this model."""
+        with initialize_config_module(CONFIGS, version_base="1.3"):
+            return compose("config", [*self.overrides, "model.weights=random", f"device={self.device}", *more])
+
+
+HUNYUAN = Case(("model=hunyuan_video",), (0.6, 0.8, 0.9), 2)
+WAN = Case(("model=wan21_14b",), (0.55, 0.75, 0.9), 1)
+CASES = {
+    "hunyuan_768p": HUNYUAN,
+    "hunyuan_512p": replace(HUNYUAN, overrides=(*HUNYUAN.overrides, "model.height=512", "model.width=768")),
+    "wan14b_768p": WAN,
+    "wan14b_480p": replace(WAN, overrides=(*WAN.overrides, "model.height=480", "model.width=832")),  # ragged
+    "tiny": Case((*HUNYUAN.overrides, *TINY), (0.5,), 1, "cpu", 1),
+}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A dense kernel (its name), "stock", or a method with its sparsity and the number of dense layers."""
+
+    name: str
+    method: Method | None = None
+    layers: int = 0
+
+    @property
+    def dense(self) -> bool:
+        """Whether it is one that others divide by."""
+        return self.name in KERNELS
+
+
+Jobs = list[tuple[str, list[Contestant]]]
+
+
+def plan(config: DictConfig) -> Jobs:
+    """Each model asked for and its contestants, the dense ones first.
+
+    ValueError for an unknown one, a model that this machine cannot run, methods without a dense kernel to compare with,
+    or one whose work depends on the data, which is random here.
+    """
+    cuda = torch.cuda.is_available()
+    here = [name for name, case in CASES.items() if name != "tiny" and (cuda or case.device == "cpu")]
+    jobs = []
+    for name in names("bench.models", config.models, list(CASES), here):
+        case = CASES[name]
+        if case.device == "cuda" and not cuda:
+            raise ValueError(f"bench.models: {name} needs a CUDA GPU, and torch sees none")
+        sparsities = case.sparsities if config.sparsities is None else config.sparsities
+        layers = (0, case.layers) if config.layers is None else config.layers
+        dense = [Contestant(one) for one in KERNELS if one in config.methods]
+        if not dense:
+            raise ValueError(f"bench.methods must have a dense one to compare with ({', '.join(KERNELS)})")
+        rest = []
+        for method in config.methods:
+            if method == "stock":
+                rest.append(Contestant(method))
+            elif method not in KERNELS:
+                made = [_method(case, method, float(sparsity)) for sparsity in sparsities]
+                rest += [Contestant(method, one, int(count)) for one in made for count in layers]
+        jobs.append((name, [*dense, *rest]))
+    return jobs
+
+
+def _method(case: Case, name: str, sparsity: float) -> Method:
+    """A method at a sparsity, with the settings of its config and the model's geometry."""
+    known = [path.name.removesuffix(".yaml") for path in _configs("method")]
+    if name not in known:
+        raise ValueError(f"bench.methods must be of stock, {', '.join([*KERNELS, *known])}, got {name!r}")
+    made = schema.method(case.config(f"method={name}", f"sparsity={sparsity}"))
+    if isinstance(made, Knobbed):
+        raise ValueError(f"bench.methods: what {name} keeps depends on the data, which random weights do not have")
+    if not made.sparse or type(made).request is not Method.request:
+        raise ValueError(f"bench.methods: {name} is a control of the dense run, whose step is as long as a dense one")
+    return made
+
+
+def _configs(group: str) -> list[Any]:
+    """The yaml files of a group."""
+    folder = importlib.resources.files(CONFIGS) / group
+    return sorted((path for path in folder.iterdir() if path.name.endswith(".yaml")), key=lambda path: path.name)
+
+
+def listing() -> list[str]:
+    """Lines for --help: the models."""
+    return [
+        "Models",
+        *(f"  {name:<18}{' '.join(case.overrides[:3])}" for name, case in CASES.items() if name != "tiny"),
+    ]
+
+
+class Bench(Contest):
+    """See `Contest`."""
+
+    def run(self, jobs: Jobs) -> None:
+        """Every model in turn, not compiled and then compiled: a compiled block stays so."""
+        for name, chosen in jobs:
+            self.requested = {
+                "models": [one for one, _ in jobs], "methods": list(self.config.methods),
+                "compile": list(self.config.compile), "repeats": int(self.config.repeats),
+                "dense_repeats": int(self.config.dense_repeats), "dense_steps": DENSE_STEPS,
+            }  # fmt: skip
+            with torch.no_grad(), threads(CASES[name].threads):
+                self.case(name, CASES[name], chosen)
+            torch._dynamo.reset()  # another size is another graph, and their number is limited
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    def case(self, name: str, case: Case, chosen: list[Contestant]) -> None:
+        """Make the model once and time every contestant on it."""
+        model: Any = schema.model(case.config())
+        bar = tqdm(desc=name, total=len(chosen) * len(self.config.compile), unit=" steps")
+        for compiled in sorted(self.config.compile):
+            if compiled:
+                model.compile_blocks(model.pipe)
+                model.compile = True
+            dense: dict[str, Any] | None = None
+            for contestant in chosen:
+                row = self.step(Step(model, contestant), self.new(name, model, contestant, "step"), dense)
+                bar.update()
+                if row["status"] == "ok" and contestant.dense and (not dense or row["ms"]["p50"] < dense["ms"]["p50"]):
+                    dense = row
+                last = contestant is [one for one in chosen if one.dense][-1]
+                if dense and last:
+                    self.generations(name, case, model, Contestant(dense["contestant"]), dense, dense)
+                elif dense and contestant.method and contestant.layers == case.layers and row["density_effective"]:
+                    self.generations(name, case, model, contestant, row, dense)
+        bar.close()
+
+    def new(self, name: str, model: Any, contestant: Contestant, what: str) -> dict[str, Any]:
+        """A row that says what is to be measured."""
+        method = contestant.method
+        row = records.new(
+            kind="step", run=self.run_id, what=what, case=name, model=model.name, model_settings=model.settings(),
+            grid=model.grid, steps=model.steps, contestant=contestant.name, dense_layers=contestant.layers,
+            method_settings=asdict(method) if method else None, sparsity=method.sparsity if method else 0.0,
+            compiled=model.compile, composed=what == "composed", requested=self.requested,
+            **self.environment(model.device.type),
+        )  # fmt: skip
+        identity = (
+            *("what", "case", "model", "model_settings", "steps", "contestant", "dense_layers", "method_settings"),
+            *("compiled", "device", "versions", "commit"),
+        )
+        row["cell_id"] = records.cell_id({key: row[key] for key in identity})
+        return row
+
+    def step(self, step: Step, row: dict[str, Any], dense: dict[str, Any] | None) -> dict[str, Any]:
+        """Measure a row and write it; what goes wrong is its status."""
+        repeats = self.config.repeats if step.contestant.method else self.config.dense_repeats
+        try:
+            step.check()
+            row |= step.warm_up()
+            row |= step.timed(int(repeats))
+            row["status"] = "ok"
+            row |= step.told_apart() if step.contestant.method else {}
+        except Absent as reason:
+            row["status"] = f"absent: {reason}"
+        except Exception as error:  # out of memory, or whatever a package of others raises, is a reason
+            what = "parts_failed" if row["status"] == "ok" else "status"
+            row[what] = first_line(error) if row["status"] == "ok" else f"failed: {first_line(error)}"
+        gc.collect()  # what the traceback held
+        if step.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if row["status"] == "ok":
+            compare(row, dense or (row if step.contestant.dense else None))
+        self.write(row)
+        return row
+
+    def generations(
+        self, name: str, case: Case, model: Any, contestant: Contestant, step: dict[str, Any], dense: dict[str, Any]
+    ) -> None:
+        """The row of a whole generation, composed of a sparse and a dense step, and if asked for a measured one."""
+        first = math.ceil(DENSE_STEPS * model.steps - 1e-9) if contestant.method else model.steps
+        whole, fastest = dense["ms"]["p50"], dense["contestant"]
+        shared = {
+            "steps": model.steps, "dense_steps": first, "sparsity_achieved": step["sparsity_achieved"],
+            "density_effective": (first + (model.steps - first) * step["density_effective"]) / model.steps,
+            "executors_run": step["executors_run"], "forwards": step["forwards"], "status": "ok",
+        }  # fmt: skip
+        row = self.new(name, model, contestant, "composed") | shared
+        seconds = (first * whole + (model.steps - first) * step["ms"]["p50"]) / 1000
+        row |= {"generate_s": seconds, "not_timed": "text encoding and decoding", "speedup": None}
+        row["dense"] = {"contestant": fastest, "ms": whole, "generate_s": model.steps * whole / 1000}
+        row["speedup"] = row["dense"]["generate_s"] / seconds
+        self.write(row)
+        if not self.config.generation:
+            return
+        row = self.new(name, model, contestant, "generation") | shared
+        try:
+            row |= Step(model, contestant).generation(DENSE_STEPS if contestant.method else 0.0)
+        except Exception as error:
+            row["status"] = f"failed: {first_line(error)}"
+        self.write(row)
+
+
+@dataclass
+class Step:
+    """How one contestant's step is run on a model."""
+
+    model: Any
+    contestant: Contestant
+    forwards: int = 0
+
+    def __post_init__(self) -> None:
+        self.request = Request(("random text",), (0,), self.model.steps)
+        self.executor = run(resolve("auto", self.model.device))
+
+    def check(self) -> None:
+        """Raise Absent if a dense kernel cannot run here."""
+        device = self.model.device
+        if self.contestant.name == "fa4" and (reason := fa4.unavailable(device)):
+            raise Absent(reason)
+        if self.contestant.name == "cudnn" and device.type != "cuda":
+            raise Absent(f"it needs a CUDA device, got device={device.type}")
+
+    def dense(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, text_lengths: Sequence[int]) -> Tensor:
+        """The dense kernel of a dense contestant, or the fastest for the dense layers of another, as a part."""
+        kernel = self.contestant.name if self.contestant.dense else None
+        with parts.part("kernel"):
+            return dense_kernel.run(q, k, v, layout, text_lengths, kernel)
+
+    def session(self, timer: Timer, steps: float = 0.0, kind: type[Session] = Session) -> Session:
+        """One in which the first share of `steps` is dense, and the contestant's layers."""
+        method = self.contestant.method or Dense()
+        dense = DenseParts(steps, layers=self.contestant.layers)
+        return kind(method, self.executor, self.dense, dense, timer, counting=False)
+
+    def once(self, session: Session) -> Timing:
+        """The first step of a generation."""
+        assert isinstance(session.watch, Timer)
+        if self.contestant.name == "stock":
+            with followed(self.model.pipe, session.watch):
+                self.model.pipe(**self.model.arguments(self.request), output_type="latent")
+        else:
+            self.model.generate(self.request, session, last_step=1)
+        return session.watch.timing()
+
+    def warm_up(self) -> dict[str, Any]:
+        """A step of few blocks, the seconds that it took with compiling, and the forwards of a step.
+
+        Two of each kind beyond the dense layers: what the first gets may lie in memory otherwise than what the others
+        get, which is another graph.
+        """
+        start, found = time.perf_counter(), []
+        with shortened(self.model.hook, self.model.pipe, self.contestant.layers + 2), ExitStack() as stack:
+            for network in transformers(self.model.pipe):
+                stack.callback(network.register_forward_pre_hook(lambda *_: found.append(0)).remove)
+            self.once(self.session(Timer(self.model.device)))
+        return {"warm_up_s": time.perf_counter() - start, "forwards": len(found)}
+
+    def timed(self, repeats: int) -> dict[str, Any]:
+        """Times of whole steps and of their attention calls together, and the peak memory of the card in them."""
+        cuda = self.model.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        while True:
+            graphs, times = counters["stats"]["unique_graphs"], Timing()
+            for _ in range(repeats):
+                times.add(self.once(self.session(Timer(self.model.device))))
+            if graphs == counters["stats"]["unique_graphs"]:  # or a block was compiled meanwhile
+                break
+        found: dict[str, Any] = {"ms": quantiles(times.step_ms), "times_ms": times.step_ms}
+        if self.contestant.name != "stock":
+            attention = found["attention_ms"] = quantiles(times.attention_ms)
+            rest = found["ms"]["p50"] - attention["p50"]
+            found["parts_ms"] = {"kernel": attention["p50"], "rest": rest}  # of a dense one
+        found["executors_run"] = sorted(self.executor.ran)
+        found["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+        dense = self.contestant.method is None
+        return found | {"sparsity_achieved": 0.0 if dense else None, "density_effective": 1.0 if dense else None}
+
+    def told_apart(self) -> dict[str, Any]:
+        """The parts of a sparse step, from a pass that waits around every part, and what was executed in it."""
+        session = self.session(Timer(self.model.device), kind=_Counting)
+        with parts.collect(self.model.device) as found:
+            total = self.once(session).step_ms[0]
+        meter = session.meter
+        assert isinstance(meter, Apart)
+        rest = total - sum(found.values()) - meter.ms
+        return {
+            "parts_ms": {**found, "rest": rest}, "sparsity_achieved": meter.sparsity()[0],
+            "density_effective": meter.density()[0],
+        }  # fmt: skip
+
+    def generation(self, dense_steps: float) -> dict[str, Any]:
+        """Seconds of a whole generation: its steps, and the decoding of what they made by a random VAE."""
+        pipe, timer = self.model.pipe, Timer(self.model.device)
+        if pipe.vae is None:
+            pipe.register_modules(vae=self.model.random_vae())
+        decode, seconds = pipe.vae.decode, []
+
+        @functools.wraps(decode)
+        def clocked(*args: Any, **kwargs: Any) -> Any:
+            start = _now(self.model.device)
+            result = decode(*args, **kwargs)
+            seconds.append(_now(self.model.device) - start)
+            return result
+
+        with shadowed(pipe.vae, "decode", clocked):
+            start = _now(self.model.device)
+            with self.model.patched(self.session(timer, dense_steps), self.request.seeds):
+                pipe(**self.model.arguments(self.request), output_type="pt")
+            total = _now(self.model.device) - start
+        (denoise,) = timer.timing().generate_s
+        return {
+            "generate_s": total, "denoise_s": denoise, "decode_s": seconds[0], "not_timed": "text encoding",
+            "executors_run": sorted(self.executor.ran),
+        }  # fmt: skip
+
+
+@dataclass
+class Apart(Meter):
+    """Counts, and notes the milliseconds that it takes: they are no part of a step."""
+
+    ms: float = 0.0
+
+    def add_plan(self, plan: Plan, layout: Layout, text_lengths: Tensor, heads: int) -> None:
+        """See `Meter.add_plan`."""
+        start = _now(text_lengths.device)
+        super().add_plan(plan, layout, text_lengths, heads)
+        self.ms += 1000 * (_now(text_lengths.device) - start)
+
+
+class _Counting(Session):
+    """A session whose meter is `Apart`."""
+
+    def start(self, clips: int) -> None:
+        super().start(clips)
+        self.meter = Apart(clips)
+
+
+def compare(row: dict[str, Any], dense: dict[str, Any] | None) -> None:
+    """Put a step beside the dense one: the speed-up, and the memory beyond it."""
+    if not dense:
+        return
+    row["dense"] = {"contestant": dense["contestant"], "ms": dense["ms"]["p50"]}
+    row["speedup"] = row["dense"]["ms"] / row["ms"]["p50"]
+    if row["peak_memory_gib"] is not None:
+        row["memory_over_dense_gib"] = row["peak_memory_gib"] - dense["peak_memory_gib"]
+
+
+@contextmanager
+def shortened(hook: type[Hook], pipe: Any, each: int) -> Iterator[None]:
+    """Inside, the pipeline's transformers have the first `each` blocks of every kind and no others."""
+    with ExitStack() as stack:
+        for network in transformers(pipe):
+            ours = set(hook.blocks(network))
+            for name, blocks in list(network.named_children()):
+                if isinstance(blocks, torch.nn.ModuleList) and ours & set(blocks):
+                    stack.callback(setattr, network, name, blocks)
+                    setattr(network, name, blocks[:each])
+        yield
+
+
+@contextmanager
+def followed(pipe: Any, timer: Timer) -> Iterator[None]:
+    """An unpatched pipeline's first step is timed as a hook would have it, and is its last."""
+    step: Callable[..., Any] = pipe.scheduler.step
+
+    def begin(*_: Any) -> None:
+        if not timer.steps:
+            timer.step(0)
+
+    @functools.wraps(step)
+    def end(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        timer.finish()
+        pipe._interrupt = True
+        return result
+
+    with ExitStack() as stack:
+        for network in transformers(pipe):
+            stack.callback(network.register_forward_pre_hook(begin).remove)
+        stack.enter_context(shadowed(pipe.scheduler, "step", end))
+        yield
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
