@@ -152,8 +152,8 @@ class Bench(Contest):
         running = [entry for entry in entries if entry.row["status"] == "ok"]
         turns = [*running, *([anchor] if anchor and running else [])]
         selecting = [entry for entry in running if entry.ready.select]
-        runs = [_stopwatch(entry.run, shape) for entry in turns]
-        runs += [_stopwatch(entry.ready.select, shape) for entry in selecting if entry.ready.select]
+        runs = [stopwatch(entry.run, shape) for entry in turns]
+        runs += [stopwatch(entry.ready.select, shape) for entry in selecting if entry.ready.select]
         counts = [timings(float(self.config.budget_s), entry.once_ms) for entry in [*turns, *selecting]]
         times = in_turn(runs, counts)
         medians: dict[str, float] = {}
@@ -279,7 +279,7 @@ def second_call(ready: Ready, shape: Shape) -> tuple[float, float | None]:
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    ms = _stopwatch(ready.run, shape)()
+    ms = stopwatch(ready.run, shape)()
     return ms, (torch.cuda.max_memory_allocated() - before) / 2**30 if cuda else None
 
 
@@ -348,7 +348,7 @@ def _now(device: torch.device) -> float:
     return time.perf_counter() * 1000
 
 
-def _stopwatch(run: Callable[[], Any], shape: Shape) -> Callable[[], float]:
+def stopwatch(run: Callable[[], Any], shape: Shape) -> Callable[[], float]:
     """`run`, timed, in milliseconds: by CUDA events on an idle GPU, by the clock on a CPU."""
 
     def timed() -> float:
