@@ -13,6 +13,8 @@ nothing.
 Between steps each layer and guidance branch holds R, as large as the attention's output, and one float32 a row and
 head: at HunyuanVideo's 768p shape .79 GB a layer in bfloat16, 47 GB for its 60.
 
+A record's `parts_ms` are those of a first step, and so of a full one.
+
 `sparsity` counts the full steps too, as the records do: with the paper's period of 5 no window drops more than 80% of
 the pairs. So the period is the least from `period` on that leaves the window its share, 1/32 (the paper's 96.9%) or
 more; what no period leaves is refused.

@@ -8,6 +8,7 @@ import ast
 import itertools
 import math
 from collections import Counter
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -257,6 +258,10 @@ def test_sta_searched_runs_what_was_picked(grid):
         for h, option in enumerate(picked):
             expected = [[in_window(a, b, grid, windows[option]) for b in coordinates] for a in coordinates]
             assert torch.equal(kept[h], with_text(torch.tensor(expected), grid))
+
+
+def test_records_tell_uniform_windows_from_searched_ones():
+    assert asdict(STA(0.6))["windows"] == "uniform" and asdict(STASearched(0.6))["windows"] == "searched"
 
 
 def test_the_priced_picks_are_the_best_of_their_density():

@@ -277,6 +277,8 @@ def test_meter_starts_empty():
 @pytest.mark.parametrize("name", METHODS)
 def test_every_executor_gives_the_same(name, text, grid, sparsity):
     """The full cross product, `pytest -m full`; the default suite has pairs of these."""
+    if sparsity > FEWEST.get(name, 1):
+        pytest.skip("out of reach")
     expected, *_ = attend(build(name, sparsity), grid, text, executor="reference")
     out, session, _ = attend(build(name, sparsity), grid, text, executor="cpu")
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
