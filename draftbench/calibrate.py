@@ -149,9 +149,10 @@ def calibrate(config: DictConfig, sparsities: Sequence[float]) -> Path:
         return mean
 
     def searched() -> Losses:
-        session = Search(method, executor, dense.run, parts, sparsities=wanted)
+        session, started = Search(method, executor, dense.run, parts, sparsities=wanted), time.monotonic()
         for _ in generations(lambda: session):
-            pass
+            took = time.monotonic() - started
+            print(f"{name(method)}: {len(session.options)} masks at every call ({took:.1f} s)", file=sys.stderr)
         if not session.noted:
             raise ValueError("every call is dense, so there is nothing to search")
         return session.losses()
