@@ -27,6 +27,7 @@ from .cache import FrameCache, digest
 from .diagnostics import Probe, Spot
 from .environment import alone, describe
 from .kernels import dense as dense_kernel
+from .knob import Knobbed
 from .latency import Timer, Timing, in_turn
 from .layout import Box
 from .methods.dense import Dense
@@ -293,7 +294,9 @@ class Job:
     def counted(self, clip: Clip) -> dict[str, Any]:
         """The counted densities of a clip; why nothing else is known of it, where that is so."""
         values = {"sparsity_achieved": clip.sparsity, "density_effective": clip.density}
-        why = {"no_quality": self.no_quality} if self.no_quality else {}
+        why: dict[str, Any] = {"no_quality": self.no_quality} if self.no_quality else {}
+        if why and isinstance(self.method, Knobbed):  # what it keeps depends on the data, which are no video's
+            why["labels"] = {"density": "of random weights"}
         return values | {"fallback_rows": clip.fallback_rows} | why
 
     def record(self, cell: Cell, status: str = "ok", **values: Any) -> dict[str, Any]:

@@ -153,6 +153,7 @@ class Step:
     repeats: Count
     dense_repeats: Count
     generation: Switch
+    text_encoders: Switch
 
 
 @dataclasses.dataclass

@@ -44,7 +44,7 @@ from .layout import Layout
 from .methods.dense import Dense
 from .models.hook import Hook, shadowed, transformers
 from .peers import Absent
-from .step_tables import lacks, page
+from .step_tables import lacks, line, page
 
 __all__ = ["ROWS", "Bench", "lacks", "listing", "page", "plan"]
 
@@ -52,7 +52,8 @@ ROWS = "step.jsonl"
 KERNELS = ("fa4", "cudnn", "sdpa")  # the dense contestants that go through our hook
 DENSE_STEPS = 0.3  # of a generation
 TINY = (  # for the tests
-    "model.steps=10", "model.frames=9", "model.height=96", "model.width=160", "model.text_tokens=5", "model.dtype=float32",
+    "model.frames=9", "model.height=96", "model.width=160", "model.steps=10", "model.text_tokens=5",
+    "model.dtype=float32",
     "model.geometry={region: [4, 4], tile: [2, 2, 4], block: 8}",
     "++model.architecture={num_layers: 2, num_single_layers: 3, num_attention_heads: 2, attention_head_dim: 16, "
     "num_refiner_layers: 1, text_embed_dim: 16, pooled_projection_dim: 8, rope_axes_dim: [4, 6, 6]}",
@@ -176,25 +177,36 @@ class Bench(Contest):
             gc.collect()
             torch.cuda.empty_cache()
 
+    def write(self, row: dict[str, Any]) -> None:
+        """See `Contest.write`; a row is told too, since minutes may pass before the next."""
+        super().write(row)
+        tqdm.write(line(row))
+
     def case(self, name: str, case: Case, chosen: list[Contestant]) -> None:
         """Make the model once and time every contestant on it."""
         model: Any = schema.model(case.config())
+        network = model.pipe.transformer  # made before anything is timed
+        print(f"{name}: {sum(p.numel() for p in network.parameters()) / 1e9:.2f} billion parameters", flush=True)
+        self.text_s: float | None = None
         bar = tqdm(desc=name, total=len(chosen) * len(self.config.compile), unit=" steps")
         for compiled in sorted(self.config.compile):
             if compiled:
                 model.compile_blocks(model.pipe)
                 model.compile = True
             dense: dict[str, Any] | None = None
-            for contestant in chosen:
-                row = self.step(Step(model, contestant), self.new(name, model, contestant, "step"), dense)
+            whole: dict[str, Any] | None = None
+            for one in (one for one in chosen if one.dense):
+                row = self.step(Step(model, one), self.new(name, model, one, "step"), dense)
                 bar.update()
-                if row["status"] == "ok" and contestant.dense and (not dense or row["ms"]["p50"] < dense["ms"]["p50"]):
+                if row["status"] == "ok" and (dense is None or row["ms"]["p50"] < dense["ms"]["p50"]):
                     dense = row
-                last = contestant is [one for one in chosen if one.dense][-1]
-                if dense and last:
-                    self.generations(name, case, model, Contestant(dense["contestant"]), dense, dense)
-                elif dense and contestant.method and contestant.layers == case.layers and row["density_effective"]:
-                    self.generations(name, case, model, contestant, row, dense)
+            if dense:
+                whole = self.generations(name, Step(model, Contestant(dense["contestant"])), dense, dense)
+            for one in (one for one in chosen if not one.dense):
+                row = self.step(Step(model, one), self.new(name, model, one, "step"), dense)
+                bar.update()
+                if dense and one.method and one.layers == case.layers and row["density_effective"]:
+                    self.generations(name, Step(model, one), row, dense, whole)
         bar.close()
 
     def new(self, name: str, model: Any, contestant: Contestant, what: str) -> dict[str, Any]:
@@ -237,30 +249,49 @@ class Bench(Contest):
         return row
 
     def generations(
-        self, name: str, case: Case, model: Any, contestant: Contestant, step: dict[str, Any], dense: dict[str, Any]
-    ) -> None:
-        """The row of a whole generation, composed of a sparse and a dense step, and if asked for a measured one."""
-        first = math.ceil(DENSE_STEPS * model.steps - 1e-9) if contestant.method else model.steps
-        whole, fastest = dense["ms"]["p50"], dense["contestant"]
-        shared = {
-            "steps": model.steps, "dense_steps": first, "sparsity_achieved": step["sparsity_achieved"],
-            "density_effective": (first + (model.steps - first) * step["density_effective"]) / model.steps,
-            "executors_run": step["executors_run"], "forwards": step["forwards"], "status": "ok",
-        }  # fmt: skip
-        row = self.new(name, model, contestant, "composed") | shared
-        seconds = (first * whole + (model.steps - first) * step["ms"]["p50"]) / 1000
-        row |= {"generate_s": seconds, "not_timed": "text encoding and decoding", "speedup": None}
-        row["dense"] = {"contestant": fastest, "ms": whole, "generate_s": model.steps * whole / 1000}
-        row["speedup"] = row["dense"]["generate_s"] / seconds
-        self.write(row)
+        self, name: str, how: Step, step: dict[str, Any], dense: dict[str, Any], whole: dict[str, Any] | None = None
+    ) -> dict[str, Any] | None:
+        """Rows of a whole generation: composed, and run if that is asked for; the run's.
+
+        step: the row of its step; dense, whole: the rows of the dense step and of the dense run that it is compared
+        with, None for itself.
+        """
+        self.compose(self.new(name, how.model, how.contestant, "composed"), step, dense)
         if not self.config.generation:
-            return
-        row = self.new(name, model, contestant, "generation") | shared
+            return None
+        return self.generate(how, self.new(name, how.model, how.contestant, "generation"), whole)
+
+    def compose(self, row: dict[str, Any], step: dict[str, Any], dense: dict[str, Any]) -> None:
+        """Write the row of a whole generation as the sum of its dense steps and those like `step`."""
+        steps, ms = row["steps"], dense["ms"]["p50"]
+        first = math.ceil(DENSE_STEPS * steps - 1e-9) if row["method_settings"] else steps
+        seconds = (first * ms + (steps - first) * step["ms"]["p50"]) / 1000
+        row |= {name: step[name] for name in ("sparsity_achieved", "executors_run", "forwards")}
+        row |= {
+            "dense_steps": first, "generate_s": seconds, "not_timed": "text encoding and decoding", "status": "ok",
+            "density_effective": (first + (steps - first) * step["density_effective"]) / steps,
+            "dense": {"contestant": dense["contestant"], "ms": ms, "generate_s": steps * ms / 1000},
+            "speedup": steps * ms / 1000 / seconds,
+        }  # fmt: skip
+        self.write(row)
+
+    def generate(self, step: Step, row: dict[str, Any], dense: dict[str, Any] | None) -> dict[str, Any]:
+        """Run a whole generation and write its row; dense: that of the dense kernel, None for its own."""
+        share, model = DENSE_STEPS if step.contestant.method else 1.0, step.model
+        row["dense_steps"] = math.ceil(share * model.steps - 1e-9)
         try:
-            row |= Step(model, contestant).generation(DENSE_STEPS if contestant.method else 0.0)
+            row |= step.generation(share)
+            if self.config.text_encoders:
+                self.text_s = text_s(model) if self.text_s is None else self.text_s
+                row |= {"text_s": self.text_s, "generate_s": row["generate_s"] + self.text_s, "not_timed": None}
+            row["status"], against = "ok", dense or row
+            if against["generate_s"]:
+                row["dense"] = {"contestant": against["contestant"], "ms": None, "generate_s": against["generate_s"]}
+                row["speedup"] = against["generate_s"] / row["generate_s"]
         except Exception as error:
             row["status"] = f"failed: {first_line(error)}"
         self.write(row)
+        return row
 
 
 @dataclass
@@ -269,7 +300,6 @@ class Step:
 
     model: Any
     contestant: Contestant
-    forwards: int = 0
 
     def __post_init__(self) -> None:
         self.request = Request(("random text",), (0,), self.model.steps)
@@ -332,8 +362,9 @@ class Step:
         found: dict[str, Any] = {"ms": quantiles(times.step_ms), "times_ms": times.step_ms}
         if self.contestant.name != "stock":
             attention = found["attention_ms"] = quantiles(times.attention_ms)
-            rest = found["ms"]["p50"] - attention["p50"]
-            found["parts_ms"] = {"kernel": attention["p50"], "rest": rest}  # of a dense one
+            if self.contestant.dense:
+                rest = found["ms"]["p50"] - attention["p50"]
+                found["parts_ms"] = {"kernel": attention["p50"], "rest": rest}
         found["executors_run"] = sorted(self.executor.ran)
         found["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
         dense = self.contestant.method is None
@@ -397,6 +428,15 @@ class _Counting(Session):
     def start(self, clips: int) -> None:
         super().start(clips)
         self.meter = Apart(clips)
+
+
+def text_s(model: Any) -> float:
+    """Seconds of encoding a clip's text by random encoders, warm."""
+    encode = model.random_encoding()
+    encode()
+    start = _now(model.device)
+    encode()
+    return _now(model.device) - start
 
 
 def compare(row: dict[str, Any], dense: dict[str, Any] | None) -> None:

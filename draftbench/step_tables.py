@@ -105,12 +105,12 @@ def _case(rows: Sequence[Row]) -> list[Table | str]:
             "contestant": "{contestant}", "sparsity": "{sparsity:g}", "dense layers": "{dense_layers}",
             "dense steps": "{dense_steps} of {steps}", "density": "{density_effective:.3f}",
             "": lambda row: MODES[row["compiled"]], "from": lambda row: "its steps" if row["composed"] else "a run",
-            "s": "{generate_s:.1f}", "denoising": "{denoise_s:.1f}", "decoding": "{decode_s:.1f}",
-            "not timed": "{not_timed}", "times over dense": "{speedup:.2f}",
+            "s": "{generate_s:.1f}", "text": "{text_s:.2f}", "denoising": "{denoise_s:.1f}",
+            "decoding": "{decode_s:.1f}", "not timed": "{not_timed}", "times over dense": "{speedup:.2f}",
         }  # fmt: skip
         fields = (
             *("contestant", "sparsity", "dense_layers", "dense_steps", "steps", "density_effective", "compiled"),
-            *("composed", "generate_s", "denoise_s", "decode_s", "not_timed", "speedup"),
+            *("composed", "generate_s", "text_s", "denoise_s", "decode_s", "not_timed", "speedup"),
         )
         note = "Whole generations, composed of the steps above or from a run:"
         shown = [{name: row[name] for name in fields} for row in generations]
@@ -173,6 +173,14 @@ def grouped(row: Row) -> dict[str, float]:
     return {"kernel": parts["kernel"], "estimation and order": other, "rest": parts["rest"]}
 
 
+def line(row: Row) -> str:
+    """What a row says, for one who waits for the next."""
+    seconds = row["generate_s"] or (row["ms"] and row["ms"]["p50"] / 1000)
+    found = f"{number(seconds)} s" if seconds else row["status"]
+    against = f", {row['speedup']:.2f} times over dense" if row["speedup"] else ""
+    return f"{_named(row, row['case'])}, {MODES[row['compiled']]}, {row['what']}: {found}{against}"
+
+
 def lacks(row: Row) -> str | None:
     """What a row that has a time lacks, and why, or None: a dense time to compare with, or its parts."""
     if row["what"] == "step" and row["dense"] is None:
@@ -186,7 +194,8 @@ def _ok(row: Row) -> bool:
 
 def _named(row: Row, *before: str) -> str:
     """A contestant with its sparsity and dense layers."""
-    layers = f" ({row['dense_layers']} dense layers)" if row["dense_layers"] else ""
+    count = row["dense_layers"]
+    layers = f" ({count} dense layer{'s' if count > 1 else ''})" if count else ""
     sparsity = f" {row['sparsity']:.0%}" if row["method_settings"] else ""
     return ", ".join([*before, f"{row['contestant']}{sparsity}{layers}"])
 

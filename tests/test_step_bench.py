@@ -2,6 +2,7 @@
 
 import functools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,10 +43,13 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Pipeline, "compile_blocks", compile_blocks)
         patch.setattr(Pipeline, "random_vae", tiny_vae)
+        patch.setattr(Pipeline, "random_encoding", lambda model: lambda: None)
         patch.setattr(SVG, "plan", failing)
         patch.setattr(torch._dynamo, "reset", lambda: None)  # for the counters
         methods = "bench.methods=[sdpa,fa4,stock,sta,svg,draft]"
-        code = bench.main([*TINY, methods, "bench.generation=true", f"hydra.run.dir={folder}"])
+        code = bench.main(
+            [*TINY, methods, "bench.generation=true", "bench.text_encoders=true", f"hydra.run.dir={folder}"]
+        )
     found = dict(code=code, folder=folder, graphs=graphs, counters={name: dict(n) for name, n in counters.items()})
     torch._dynamo.reset()
     return found | {"rows": records.read_all([folder])}
@@ -123,7 +127,9 @@ def test_generations_are_composed_or_measured(rows):
             measured = one(rows, name, compiled, layers, "generation")
             assert measured["status"] == "ok" and measured["composed"] is False
             assert measured["generate_s"] > measured["denoise_s"] + measured["decode_s"] > measured["decode_s"] > 0
-            assert measured["not_timed"] == "text encoding"
+            whole = one(rows, "sdpa", compiled, what="generation")["generate_s"]
+            assert measured["speedup"] == pytest.approx(whole / measured["generate_s"])
+            assert measured["not_timed"] is None and measured["text_s"] >= 0
 
 
 def test_blocks_compile_once_for_all_contestants(run):
@@ -132,6 +138,42 @@ def test_blocks_compile_once_for_all_contestants(run):
     assert not run["counters"].get("graph_break")
     attends = [sum(node.target is torch.ops.draftbench.attend for node in g.graph.nodes) for g in run["graphs"]]
     assert sorted(attends) == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize(("name", "billions"), [("hunyuan_768p", [7.50, 0.123]), ("wan14b_768p", [5.68])])
+def test_text_encoders_have_the_checkpoints_sizes(name, billions, monkeypatch):
+    model = step_bench.schema.model(replace(CASES[name], device="cpu").config())
+    monkeypatch.setattr(model, "device", torch.device("meta"))
+    made, usual = [], model._random_network
+    monkeypatch.setattr(model, "_random_network", lambda *args: made.append(usual(*args)) or made[-1])
+    model.random_encoding()
+    assert [sum(p.numel() for p in one.parameters()) / 1e9 for one in made] == pytest.approx(billions, rel=0.02)
+    assert {str(p.dtype) for one in made for p in one.parameters()} <= {"torch.bfloat16", "torch.float16"}
+
+
+def test_random_text_encoders_read_tokens(monkeypatch, one_thread):
+    model = step_bench.schema.model(CASES["tiny"].config())
+    small = {name: 16 for name in ("hidden_size", "intermediate_size", "d_model", "d_ff", "d_kv")}
+    small |= dict(num_hidden_layers=1, num_layers=1, num_heads=2, num_attention_heads=2, num_key_value_heads=2)
+    wan = step_bench.schema.model(replace(CASES["wan14b_768p"], device="cpu").config())
+    seen = []
+    for one in (model, wan):
+        makers = []
+        for make, length in one.random_encoders():
+            (config,) = make.args
+            kept = {name: value for name, value in small.items() if name in config.to_dict()}
+            makers.append((functools.partial(make.func, type(config)(**config.to_dict() | kept)), length))
+        monkeypatch.setattr(one, "random_encoders", lambda makers=makers: makers)
+        network = one._random_network
+        monkeypatch.setattr(one, "_random_network", lambda *args, network=network: spied(network(*args), seen))
+        with torch.no_grad():
+            one.random_encoding()()
+    assert seen == [351, 77, 512, 512]  # Wan's guidance reads a negative prompt, too
+
+
+def spied(network, seen):
+    network.register_forward_pre_hook(lambda _, args, given: seen.append(given["input_ids"].shape[1]), with_kwargs=True)
+    return network
 
 
 def test_steps_in_which_a_block_was_compiled_are_timed_again(monkeypatch):
@@ -213,7 +255,7 @@ def test_promote_tables_and_picture(run, rows, tmp_path, capsys):
     folders += [f"records={tmp_path / 'in'}", f"readme={tmp_path / 'R.md'}", f"quoted={tmp_path}"]
     (tmp_path / "R.md").write_text("<!-- table steps -->\n<!-- end -->\n")
     assert tables.main(folders) == 0 and tables.main([*folders, "--check"]) == 0
-    assert "| tiny, draft 50% (1 dense layers) | " in (tmp_path / "R.md").read_text()
+    assert "| tiny, draft 50% (1 dense layer) | " in (tmp_path / "R.md").read_text()
     assert (tmp_path / "figures" / "steps.png").is_file()
     page = (tmp_path / "out" / "steps.md").read_text()
     assert "| sdpa | 0 | 0 | 10 of 10 | 1.000 | compiled | its steps |" in page and "| a run |" in page

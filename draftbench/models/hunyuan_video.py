@@ -7,7 +7,9 @@ encoders run in float16, as in diffusers' documentation, but on a CPU, which is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -112,6 +114,22 @@ class HunyuanVideo(Pipeline):
     def guided(self) -> dict[str, Any]:
         """See `Pipeline.guided`."""
         return {"guidance_scale": self.guidance, "true_cfg_scale": self.true_cfg}
+
+    @property
+    def prompts(self) -> int:
+        """See `Pipeline.prompts`."""
+        return 1 + (self.true_cfg > 1)
+
+    def random_encoders(self) -> list[tuple[Callable[[], Any], int]]:
+        """See `Pipeline.random_encoders`: Llama 3 8B, which reads 95 tokens of a template too, and CLIP L/14."""
+        from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
+
+        llama = LlamaConfig(
+            vocab_size=128320, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+            num_key_value_heads=8,
+        )  # fmt: skip
+        clip = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768)
+        return [(partial(LlamaModel, llama), 256 + 95), (partial(CLIPTextModel, clip), 77)]
 
     def random_text(self, clips: int, config: Any) -> dict[str, Any]:
         """See `Pipeline.random_text`."""

@@ -191,6 +191,27 @@ class Pipeline:
             network.enable_tiling()
         return network
 
+    def random_encoders(self) -> list[tuple[Callable[[], Any], int]]:
+        """What makes each text encoder of the checkpoint's sizes, and the tokens that it reads for a prompt."""
+        raise ValueError(f"model={self.name} has no text encoders of random weights")
+
+    @property
+    def prompts(self) -> int:
+        """How many a clip has: with classifier-free guidance a negative one too."""
+        return 1 + (self.guidance > 1)
+
+    def random_encoding(self) -> Callable[[], None]:
+        """What encodes a prompt (and its negative one) of random tokens by text encoders of random weights."""
+        dtype = self.rest_dtypes.get("default", self.dtype)
+        encoders = [(self._random_network(make, dtype, 0), length) for make, length in self.random_encoders()]
+
+        def encode() -> None:
+            for network, length in encoders * self.prompts:
+                ids = torch.arange(3, 3 + length, device=self.device)[None]
+                network(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True)
+
+        return encode
+
     def _random_network(self, make: Callable[[], Any], dtype: str, seed: int) -> Any:
         """A network whose parameters are drawn on the device in their own dtype."""
         before, cards = torch.get_default_dtype(), [self.device] if self.device.type == "cuda" else []

@@ -7,7 +7,9 @@ it kept when they change. As in diffusers' documentation the VAE stays in float3
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -105,6 +107,16 @@ class Wan(Pipeline):
         if self.boundary is None:
             return super().random_parts()
         return super().random_parts() | {"transformer_2": self.random_transformer(1), "boundary_ratio": self.boundary}
+
+    def random_encoders(self) -> list[tuple[Callable[[], Any], int]]:
+        """See `Pipeline.random_encoders`: the encoder of UMT5-XXL."""
+        from transformers import UMT5Config, UMT5EncoderModel
+
+        sizes = UMT5Config(
+            vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
+            feed_forward_proj="gated-gelu",
+        )  # fmt: skip
+        return [(partial(UMT5EncoderModel, sizes), 512)]
 
     def random_text(self, clips: int, config: Any) -> dict[str, Any]:
         """See `Pipeline.random_text`; behind the real tokens Wan reads zeros."""
