@@ -45,18 +45,8 @@ def plan(config: DictConfig) -> list[tuple[str, list[Contestant]]]:
     ValueError for an unknown one, what this machine cannot run, a contestant that is not for the device of a shape, or
     a shape without a dense one.
     """
-    try:
-        tokens(config.prompt)
-    except ValueError as error:
-        raise ValueError(f"bench.prompt: {error}") from error
-    cuda, known = torch.cuda.is_available(), contestants()
-    here = [name for name, shape in SHAPES.items() if name != "tiny" and (cuda or shape.device == "cpu")]
-    shapes = names("bench.shapes", config.shapes, list(SHAPES), here)
-    for name in shapes:
-        if SHAPES[name].device == "cuda" and not cuda:
-            raise ValueError(f"bench.shapes: {name} needs a CUDA GPU, and torch sees none; here: {', '.join(here)}")
-    jobs = []
-    for shape in shapes:
+    known, jobs = contestants(), []
+    for shape in shapes(config):
         fit = _fit(shape, known)
         chosen = names("bench.contestants", config.contestants, list(known), list(fit))
         if wrong := [name for name in config.contestants if name not in (*fit, "all")]:
@@ -69,6 +59,21 @@ def plan(config: DictConfig) -> list[tuple[str, list[Contestant]]]:
             raise ValueError(f"bench.contestants must {allowed}, got {', '.join(config.contestants)}")
         jobs.append((shape, [known[name] for name in chosen]))
     return jobs
+
+
+def shapes(config: DictConfig) -> list[str]:
+    """The shapes asked for, and a look at the prompt; ValueError for what is unknown or cannot run on this machine."""
+    try:
+        tokens(config.prompt)
+    except ValueError as error:
+        raise ValueError(f"bench.prompt: {error}") from error
+    cuda = torch.cuda.is_available()
+    here = [name for name, shape in SHAPES.items() if name != "tiny" and (cuda or shape.device == "cpu")]
+    chosen = names("bench.shapes", config.shapes, list(SHAPES), here)
+    for name in chosen:
+        if SHAPES[name].device == "cuda" and not cuda:
+            raise ValueError(f"bench.shapes: {name} needs a CUDA GPU, and torch sees none; here: {', '.join(here)}")
+    return chosen
 
 
 def _fit(shape: str, known: dict[str, Contestant]) -> dict[str, Contestant]:

@@ -55,8 +55,8 @@ def short(rows: Sequence[Row]) -> Table:
 
 
 def figure(rows: Sequence[Row], path: Path, digest: str) -> None:
-    """A bar a method: its kernel, its estimate and the rest of the whole, beside dense, of the first shape's densest
-    and other sparsities in turn; `digest` goes into the picture's metadata."""
+    """A bar a row: the method's kernel, its estimate and the rest of the whole, and a mark at dense; `digest` goes into
+    the picture's metadata."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -25,7 +25,7 @@ from draftbench.kernels import resolve, run
 
 from . import records, schema
 from .attention import Call, Executor, Meter, Method, Plan
-from .attention_bench import RULE, TOLERANCE, Entry, check, in_turn, second_call, stopwatch, timings, unsteady
+from .attention_bench import RULE, TOLERANCE, Entry, check, in_turn, second_call, shapes, stopwatch, timings, unsteady
 from .calibrate import OutOfReach, solve
 from .cases import SHAPES, Case, Shape, dense_case, no_executor, threads
 from .contest import Contest, first_line, names
@@ -33,7 +33,6 @@ from .estimate_tables import lacks, page
 from .help import CONFIGS
 from .knob import Knobbed, Losses, Searched
 from .latency import quantiles
-from .models.pocket.prompts import tokens
 from .peers import Ready
 
 __all__ = ["ROWS", "Bench", "lacks", "listing", "page", "plan"]
@@ -44,18 +43,8 @@ STEP, STEPS = 5, 20  # of the first call; the timed ones are of the step after i
 
 def plan(config: DictConfig) -> list[tuple[str, list[str]]]:
     """Each shape asked for and its methods; ValueError for an unknown one or what this machine cannot run."""
-    try:
-        tokens(config.prompt)
-    except ValueError as error:
-        raise ValueError(f"bench.prompt: {error}") from error
-    cuda = torch.cuda.is_available()
-    here = [name for name, shape in SHAPES.items() if name != "tiny" and (cuda or shape.device == "cpu")]
-    shapes = names("bench.shapes", config.shapes, list(SHAPES), here)
-    for name in shapes:
-        if SHAPES[name].device == "cuda" and not cuda:
-            raise ValueError(f"bench.shapes: {name} needs a CUDA GPU, and torch sees none; here: {', '.join(here)}")
     chosen = names("bench.methods", config.methods, methods(), methods())
-    return [(shape, chosen) for shape in shapes]
+    return [(shape, chosen) for shape in shapes(config)]
 
 
 def methods() -> list[str]:
