@@ -88,14 +88,17 @@ class Meter:
         pairs = self._per_clip((layout.video + text_lengths.double()) ** 2 * heads)
         self.kept, self.all = self.kept + pairs, self.all + pairs
 
-    def add_plan(self, plan: Plan, layout: Layout, text_lengths: Tensor, heads: int) -> None:
-        """One executed plan, summed from its lists."""
-        self.calls, self.sparse_calls = self.calls + 1, self.sparse_calls + 1
+    def add_plan(self, plan: Plan, layout: Layout, text_lengths: Tensor, heads: int, more: bool = False) -> None:
+        """One executed plan, summed from its lists; more: of a call of which another plan is counted as a whole."""
+        if not more:
+            self.calls, self.sparse_calls = self.calls + 1, self.sparse_calls + 1
         if not self.counting:
             return
         kept, video = count_pairs(plan, layout)
-        real = layout.video + text_lengths.double()
         self.kept, self.video_kept = self.kept + self._per_clip(kept), self.video_kept + self._per_clip(video)
+        if more:
+            return
+        real = layout.video + text_lengths.double()
         self.all = self.all + self._per_clip(real**2 * heads)
         self.video_all = self.video_all + self._per_clip(torch.full_like(real, float(layout.video) ** 2 * heads))
         if plan.fallbacks is not None:
@@ -165,11 +168,12 @@ class Call:
         """Run the plan and count it; output [B, S, H, D]."""
         return self.execute_lse(plan, q, k, v)[0]
 
-    def execute_lse(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """As `execute`, with the log-sum-exp of the scaled scores [B, H, S] too."""
+    def execute_lse(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, more: bool = False) -> tuple[Tensor, Tensor]:
+        """As `execute`, with the log-sum-exp of the scaled scores [B, H, S] too; more: of several plans of one call,
+        all but one, so that the call counts once and every plan's pairs do."""
         with part("kernel"):
             result = self.executor(q, k, v, plan, self.layout)
-        self.meter.add_plan(plan, self.layout, self.text_lengths, q.shape[2])
+        self.meter.add_plan(plan, self.layout, self.text_lengths, q.shape[2], more)
         return result
 
     def generator(self, item: int, device: torch.device) -> torch.Generator:

@@ -45,18 +45,8 @@ def plan(config: DictConfig) -> list[tuple[str, list[Contestant]]]:
     ValueError for an unknown one, what this machine cannot run, a contestant that is not for the device of a shape, or
     a shape without a dense one.
     """
-    try:
-        tokens(config.prompt)
-    except ValueError as error:
-        raise ValueError(f"bench.prompt: {error}") from error
-    cuda, known = torch.cuda.is_available(), contestants()
-    here = [name for name, shape in SHAPES.items() if name != "tiny" and (cuda or shape.device == "cpu")]
-    shapes = names("bench.shapes", config.shapes, list(SHAPES), here)
-    for name in shapes:
-        if SHAPES[name].device == "cuda" and not cuda:
-            raise ValueError(f"bench.shapes: {name} needs a CUDA GPU, and torch sees none; here: {', '.join(here)}")
-    jobs = []
-    for shape in shapes:
+    known, jobs = contestants(), []
+    for shape in shapes(config):
         fit = _fit(shape, known)
         chosen = names("bench.contestants", config.contestants, list(known), list(fit))
         if wrong := [name for name in config.contestants if name not in (*fit, "all")]:
@@ -69,6 +59,21 @@ def plan(config: DictConfig) -> list[tuple[str, list[Contestant]]]:
             raise ValueError(f"bench.contestants must {allowed}, got {', '.join(config.contestants)}")
         jobs.append((shape, [known[name] for name in chosen]))
     return jobs
+
+
+def shapes(config: DictConfig) -> list[str]:
+    """The shapes asked for, and a look at the prompt; ValueError for what is unknown or cannot run on this machine."""
+    try:
+        tokens(config.prompt)
+    except ValueError as error:
+        raise ValueError(f"bench.prompt: {error}") from error
+    cuda = torch.cuda.is_available()
+    here = [name for name, shape in SHAPES.items() if name != "tiny" and (cuda or shape.device == "cpu")]
+    chosen = names("bench.shapes", config.shapes, list(SHAPES), here)
+    for name in chosen:
+        if SHAPES[name].device == "cuda" and not cuda:
+            raise ValueError(f"bench.shapes: {name} needs a CUDA GPU, and torch sees none; here: {', '.join(here)}")
+    return chosen
 
 
 def _fit(shape: str, known: dict[str, Contestant]) -> dict[str, Contestant]:
@@ -152,8 +157,8 @@ class Bench(Contest):
         running = [entry for entry in entries if entry.row["status"] == "ok"]
         turns = [*running, *([anchor] if anchor and running else [])]
         selecting = [entry for entry in running if entry.ready.select]
-        runs = [_stopwatch(entry.run, shape) for entry in turns]
-        runs += [_stopwatch(entry.ready.select, shape) for entry in selecting if entry.ready.select]
+        runs = [stopwatch(entry.run, shape) for entry in turns]
+        runs += [stopwatch(entry.ready.select, shape) for entry in selecting if entry.ready.select]
         counts = [timings(float(self.config.budget_s), entry.once_ms) for entry in [*turns, *selecting]]
         times = in_turn(runs, counts)
         medians: dict[str, float] = {}
@@ -279,7 +284,7 @@ def second_call(ready: Ready, shape: Shape) -> tuple[float, float | None]:
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    ms = _stopwatch(ready.run, shape)()
+    ms = stopwatch(ready.run, shape)()
     return ms, (torch.cuda.max_memory_allocated() - before) / 2**30 if cuda else None
 
 
@@ -348,7 +353,7 @@ def _now(device: torch.device) -> float:
     return time.perf_counter() * 1000
 
 
-def _stopwatch(run: Callable[[], Any], shape: Shape) -> Callable[[], float]:
+def stopwatch(run: Callable[[], Any], shape: Shape) -> Callable[[], float]:
     """`run`, timed, in milliseconds: by CUDA events on an idle GPU, by the clock on a CPU."""
 
     def timed() -> float:

@@ -1,8 +1,9 @@
 """`python -m draftbench.bench bench=NAME`: benchmarks on shapes, the command line that they share.
 
 bench=attention (attention_bench.py) times one attention call, bench=step (step_bench.py) a denoising step of a whole
-model. Rows are appended to the run's folder as they come. Exit codes: 0; 1 if a row or the run failed or a row lacks
-what it is compared with; 2 if nothing was run; 130 if interrupted.
+model, bench=methods (method_bench.py) what each method's estimate costs. Rows are appended to the run's folder as they
+come. Exit codes: 0; 1 if a row or the run failed or a row lacks what it is compared with; 2 if nothing was run; 130 if
+interrupted.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from . import attention_bench, cli, records, schema, step_bench
+from . import attention_bench, cli, method_bench, records, schema, step_bench
 from .environment import alone, resolve_device
 from .help import CONFIGS
 
 # Each has ROWS, the file of its rows; plan(config), what is to be run, or a ValueError; Bench(config, path) with `rows`
 # and `run(plan)`; lacks(row), what a row that has a time lacks, or None; page(rows, name), its tables; and listing(),
 # lines for --help.
-BENCHES: dict[str, Any] = {"attention": attention_bench, "step": step_bench}
+BENCHES: dict[str, Any] = {"attention": attention_bench, "step": step_bench, "methods": method_bench}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,7 +97,7 @@ def claim(folder: Path, rows: str) -> None:
 def page() -> str:
     """The page of --help, from the configs' own comments."""
     lines = [
-        "Usage: python -m draftbench.bench [bench=attention | bench=step] [bench.key=value] ...",
+        "Usage: python -m draftbench.bench [bench=attention | bench=step | bench=methods] [bench.key=value] ...",
         "  python -m draftbench.bench bench=attention 'bench.shapes=[hunyuan_768p]' 'bench.sparsities=[0.5,0.9]'",
         "  python -m draftbench.bench bench=step 'bench.methods=[fa4,draft]' bench.compile=true",
     ]

@@ -1,28 +1,34 @@
-"""Find the value of a method's own knob at which it reaches a sparsity: `python -m draftbench.calibrate method=svg2`.
+"""Find what a sparsity means for a method that must be told beforehand: `python -m draftbench.calibrate method=svg2`.
 
-One global value for each sparsity, by bisection: every trial is a whole generation of the calibration's prompts and
-seeds under the method, and counts what was executed, so the value holds on the method's own trajectory. The rows are
-added to the file that the method reads (method.calibration; null is the one in conf/calibration).
+Of a knob one global value for each sparsity, by bisection: every trial is a whole generation of the calibration's
+prompts and seeds under the method, and counts what was executed, so the value holds on the method's own trajectory.
+Of masks to choose from, one for each step, layer and head as the method's rule says: one dense generation of the same
+prompts and seeds, at whose calls every mask is tried. The rows are added, as they are found, to the file that the
+method reads (method.calibration; null is the one in conf/calibration).
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from . import kernels, schema
-from .attention import Request, Session
+from .attention import Call, Request, Session
 from .kernels import dense
-from .knob import Knobbed, identity, name, read, settings
+from .knob import Calibrated, Knobbed, Losses, Option, Searched, identity, name, read, settings
 from .records import replacing
 
-TOLERANCE = 0.002  # of the mean sparsity
+TOLERANCE = 0.003  # of the mean sparsity
 FARTHEST = 0.01  # a value that misses by more is no calibration
 ROUNDS = 20
 SPARSITIES = "0.5,0.75,0.9,0.95"
@@ -70,48 +76,110 @@ def solve(
     return best, known[best]
 
 
+class Search(Session):
+    """Dense attention that notes, at every active call, what each option of a searched method would lose."""
+
+    def __init__(self, *arguments: Any, sparsities: Sequence[float]):
+        super().__init__(*arguments)
+        self.sparsities = sparsities
+        self.noted: dict[tuple[int, int], list[Tensor]] = {}  # [options, heads] of each call at (step, layer)
+        self.options: list[Option] = []
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        method: Any = self.method
+        grid = call.layout.grid
+        self.options = list({option: 0 for x in self.sparsities for option in method.options(grid, x)})
+        dense = self.dense(q, k, v, call.layout, self.on_host(call.text_lengths))
+        size = dense.float().square().sum((0, 1, 3))
+        found = []
+        for option in self.options:
+            out, _ = self.executor(q, k, v, method.option_plan(option, q, call), call.layout)
+            found.append((out.float() - dense.float()).square().sum((0, 1, 3)) / size)
+        self.noted.setdefault((call.step, call.layer), []).append(torch.stack(found))
+        return dense
+
+    def losses(self) -> Losses:
+        """The means over all calls of a step and a layer: clips and guidance branches."""
+        steps, layers = (sorted(set(keys)) for keys in zip(*self.noted, strict=True))
+        rows = [torch.stack([torch.stack(self.noted[s, x]).mean(0) for x in layers]) for s in steps]
+        every = torch.stack(rows).double().cpu()  # [steps, layers, options, heads]
+        return Losses(steps, layers, {option: every[:, :, i] for i, option in enumerate(self.options)})
+
+
 def calibrate(config: DictConfig, sparsities: Sequence[float]) -> Path:
     """Solve for each sparsity on the prompts and seeds of a checked config and write the file; returns its path.
 
-    Raises ValueError for a method without such a knob, or whose knob is given, and for a sparsity out of reach.
+    A row is written as it is found; one that the file has for the same prompts and seeds is not sought again. Raises
+    ValueError for a method without anything to calibrate, or whose knob is given.
     """
     method = schema.method(config)
-    if not isinstance(method, Knobbed):
+    if not isinstance(method, Calibrated):
         raise ValueError(f"method={name(method)} takes its sparsity as it is: there is nothing to calibrate")
     if not method.asked:
-        raise ValueError(f"method.{method.knob} must be null to be calibrated, got {method.value}")
+        raise ValueError(f"method.{method.knob} must be null to be calibrated, got {getattr(method, method.knob)}")
     model = schema.check_job(config)
     parts = schema.parts(config)
     cells = [(prompt, int(seed)) for prompt in config.prompts for seed in config.seeds]
     executor = kernels.run(kernels.resolve(config.executor, model.device))
+    entry: dict[str, Any] = {
+        "of": identity(model, parts), "method": settings(method), "knob": method.knob,
+        "prompts": list(config.prompts), "seeds": list(config.seeds),
+    }  # fmt: skip
+    rows = [row for old in read(method.path) if all(old[key] == entry[key] for key in entry) for row in old["rows"]]
+    wanted = sorted({x for x in sparsities if not any(abs(row["sparsity"] - x) < 1e-9 for row in rows)})
+    if not wanted:
+        return method.path
+    method.sparsity = 0.5  # any but 0, at which nothing is asked
 
-    def measure(value: float) -> float:
-        found: list[float] = []
+    def generations(make: Callable[[], Session]) -> Iterator[Session]:
         for start in range(0, len(cells), config.batch):
             prompts, seeds = zip(*cells[start : start + config.batch], strict=True)
-            session = Session(method.at(value), executor, dense.run, parts)
+            session = make()
             model.generate(Request(prompts, seeds, model.steps), session)
+            yield session
+
+    def measure(value: float) -> float:
+        started = time.monotonic()
+        found: list[float] = []
+        for session in generations(lambda: Session(method.at(value), executor, dense.run, parts)):
             found += session.meter.sparsity()
         mean = sum(found) / len(found)
-        print(f"{name(method)} {method.knob}={value:.6g}: sparsity {mean:.4f}", file=sys.stderr)
+        took = time.monotonic() - started
+        print(f"{name(method)} {method.knob}={value:.6g}: sparsity {mean:.4f} ({took:.1f} s)", file=sys.stderr)
         return mean
 
-    method.sparsity = 0.5  # any but 0, at which no knob is asked
-    known: dict[float, float] = {}
-    rows = []
-    for sparsity in sorted(sparsities):
+    def searched() -> Losses:
+        session, started = Search(method, executor, dense.run, parts, sparsities=wanted), time.monotonic()
+        for _ in generations(lambda: session):
+            took = time.monotonic() - started
+            print(f"{name(method)}: {len(session.options)} masks at every call ({took:.1f} s)", file=sys.stderr)
+        if not session.noted:
+            raise ValueError("every call is dense, so there is nothing to search")
+        return session.losses()
+
+    if isinstance(method, Knobbed):
+        known = {row["value"]: row["achieved"] for row in rows}
+        find = functools.partial(solve, measure, ends=method.ends, known=known)
+    elif isinstance(method, Searched):
+        find = functools.partial(pick, method, searched(), model.grid)
+    else:
+        raise TypeError(f"{type(method).__name__} must be Knobbed or Searched")
+    for sparsity in wanted:
         try:
-            value, achieved = solve(measure, sparsity, method.ends, known)
+            value, achieved = find(sparsity=sparsity)
         except OutOfReach as error:
             print(f"draftbench: {name(method)}: {error}; no row for it", file=sys.stderr)
             continue
-        rows.append({"sparsity": sparsity, "value": value, "achieved": round(achieved, 5)})
-    entry = {
-        "of": identity(model, parts), "method": settings(method), "knob": method.knob,
-        "prompts": list(config.prompts), "seeds": list(config.seeds), "rows": rows,
-    }  # fmt: skip
-    _write(method.path, entry)
+        _write(method.path, entry | {"rows": [{"sparsity": sparsity, "value": value, "achieved": round(achieved, 5)}]})
     return method.path
+
+
+def pick(method: Searched, losses: Losses, grid: tuple[int, int, int], sparsity: float) -> tuple[Any, float]:
+    """(What a searched method is to do, its sparsity), by its own rule; raises OutOfReach if that is not near."""
+    value, density = method.pick(losses, grid, sparsity)
+    if abs(1 - density - sparsity) > FARTHEST:
+        raise OutOfReach(f"sparsity={sparsity:g} is out of reach: the nearest is {1 - density:.3f}")
+    return value, 1 - density
 
 
 def _write(path: Path, entry: dict[str, Any]) -> None:

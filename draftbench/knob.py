@@ -1,7 +1,8 @@
-"""Methods whose own knob decides how much is kept, and what a sparsity means for them: one global value of that knob.
+"""Methods for which a sparsity means something that was found beforehand: a value of their own knob, or a choice of
+masks that was searched.
 
-`python -m draftbench.calibrate` finds the value on prompts and seeds that no table uses and writes it to a file; a run
-reads it there, and its record names the value and where it comes from. Nothing is adjusted call by call.
+`python -m draftbench.calibrate` finds it on prompts and seeds that no table uses and writes it to a file; a run reads
+it there, and its record names it and where it comes from. Nothing is adjusted call by call.
 """
 
 from __future__ import annotations
@@ -14,35 +15,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from omegaconf import OmegaConf
+from torch import Tensor
 
-from .attention import DenseParts, Method
+from .attention import Call, DenseParts, Method, Plan
 
 if TYPE_CHECKING:
     from .models import Model
 
-Self = TypeVar("Self", bound="Knobbed")
+Self = TypeVar("Self", bound="Calibrated")
 Identity = dict[str, Any]
 
 
 @dataclass
-class Knobbed(Method):
+class Calibrated(Method):
     """A method with a field, named by `knob`, that is null or the original's own knob.
 
-    Null: sparsity asks, and `calibration` (null: the file in conf/calibration) holds the value that meets it on
-    average. A number: it is used as it is, and the method stands at sparsity 0, since none was asked for.
+    Null: sparsity asks, and `calibration` (null: the file in conf/calibration) holds what meets it on average. Given:
+    it is used as it is, and the method stands at sparsity 0, since none was asked for.
     """
 
     calibration: str | None = None
     calibrated: dict[str, Any] | None = field(default=None, init=False)  # of the file: value, achieved, prompts, seeds
     knob: ClassVar[str]
-    ends: ClassVar[tuple[float, float]] = (0.0, 1.0)  # the values that keep the least and everything
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given, (least, everything) = getattr(self, self.knob), self.ends
-        if given is not None:
-            if not least <= given <= everything:
-                raise ValueError(f"method.{self.knob} must be in [{least:g}, {everything:g}], got {given}")
+        if not self.asked:
             self.sparsity = 0.0
 
     @property
@@ -51,19 +49,14 @@ class Knobbed(Method):
         return getattr(self, self.knob) is None
 
     @property
-    def value(self) -> float:
-        """The knob's value; raises ValueError if it is neither given nor calibrated."""
-        given: float | None = getattr(self, self.knob)
-        if given is not None:
-            return given
-        if self.sparsity == 0:
-            return self.ends[1]
+    def found(self) -> Any:
+        """What was calibrated; raises ValueError if nothing was read."""
         if self.calibrated is None:
             raise ValueError(f"method.{self.knob} is null and no calibration has been read (Method.meet)")
-        return float(self.calibrated["value"])
+        return self.calibrated["value"]
 
-    def at(self: Self, value: float) -> Self:
-        """A copy whose knob a calibration would have set to `value`."""
+    def at(self: Self, value: Any) -> Self:
+        """A copy for which a calibration would have found `value`."""
         other = copy.copy(self)
         other.calibrated = {"value": value}
         return other
@@ -87,11 +80,66 @@ class Knobbed(Method):
                         self.calibrated = {key: row[key] for key in ("value", "achieved")} | source
                         return
         grid = "x".join(map(str, what["grid"]))
+        own = any(f.name == self.knob and f.init for f in dataclasses.fields(self))
+        given = f"give method.{self.knob} itself, or " if own else ""
         raise ValueError(
             f"sparsity={self.sparsity:g} has no calibrated method.{self.knob} for {model.name} at {grid}, "
-            f"{model.steps} steps, with these settings in {self.path}: give method.{self.knob} itself, or first run "
+            f"{model.steps} steps, with these settings in {self.path}: {given}first run "
             f"python -m draftbench.calibrate method={name(self)} sparsity={self.sparsity:g} (and your other overrides)"
         )
+
+
+@dataclass
+class Knobbed(Calibrated):
+    """One whose knob is a number; a sparsity means one global value of it, found by bisection."""
+
+    ends: ClassVar[tuple[float, float]] = (0.0, 1.0)  # the values that keep the least and everything
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given, (least, everything) = getattr(self, self.knob), self.ends
+        if given is not None and not least <= given <= everything:
+            raise ValueError(f"method.{self.knob} must be in [{least:g}, {everything:g}], got {given}")
+
+    @property
+    def value(self) -> float:
+        """The knob's value; raises ValueError if it is neither given nor calibrated."""
+        given: float | None = getattr(self, self.knob)
+        if given is not None:
+            return given
+        return self.ends[1] if self.sparsity == 0 else float(self.found)
+
+
+Option = Any  # a mask's name: a number or a tuple of them
+
+
+@dataclass
+class Searched(Calibrated):
+    """One that has a mask for each step, layer and head, or some of these, picked by their loss on dense trajectories.
+
+    A mask's loss is its squared error of the attention output over the squared output, video and text, of each head.
+    """
+
+    def options(self, grid: tuple[int, int, int], sparsity: float) -> dict[Option, float]:
+        """The masks to try for a sparsity and the share of video pairs that each keeps."""
+        raise NotImplementedError
+
+    def option_plan(self, option: Option, q: Tensor, call: Call) -> Plan:
+        """The plan in which every head has this mask."""
+        raise NotImplementedError
+
+    def pick(self, losses: Losses, grid: tuple[int, int, int], sparsity: float) -> tuple[Any, float]:
+        """(What `found` will hold, the mean density that it keeps) from the losses of all its options."""
+        raise NotImplementedError
+
+
+@dataclass
+class Losses:
+    """What a search measured: the active steps and layers, and each option's loss, float64 [steps, layers, heads]."""
+
+    steps: list[int]
+    layers: list[int]
+    of: dict[Option, Tensor]
 
 
 def name(method: Method) -> str:
@@ -99,7 +147,7 @@ def name(method: Method) -> str:
     return type(method).__module__.rpartition(".")[2]
 
 
-def settings(method: Knobbed) -> dict[str, Any]:
+def settings(method: Calibrated) -> dict[str, Any]:
     """Its fields but those that a calibration gives or that say where it is."""
     names = [f.name for f in dataclasses.fields(method) if f.init and f.name not in ("sparsity", "calibration")]
     values = {key: getattr(method, key) for key in names if key != method.knob}

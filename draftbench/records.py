@@ -49,7 +49,18 @@ STEP = (
     *("peak_memory_gib", "memory_over_dense_gib", "dense", "speedup", "requested"),
     *("device", "versions", "commit", "dirty", "status", "timestamp"),
 )
-_KINDS = {"attention": (*ATTENTION, *ATTENTION_LATER), "step": STEP}  # others are of FIELDS and LATER
+# Those of kind "methods" (draftbench.bench, bench=methods): a method's estimate at one attention call.
+METHODS = (
+    *("schema_version", "kind", "cell_id", "run", "shape", "shape_settings", "source", "method", "method_settings"),
+    *("sparsity", "sparsity_achieved", "density", "kept_pairs", "all_pairs", "executors_run", "first_plan_ms"),
+    *("plan_ms", "kernel_ms", "ms", "dense", "share", "speedup", "error", "tolerance", "peak_memory_gib", "budget_s"),
+    *("requested", "device", "versions", "commit", "dirty", "status", "timestamp"),
+)
+_KINDS = {
+    "attention": (*ATTENTION, *ATTENTION_LATER),
+    "step": STEP,
+    "methods": METHODS,
+}  # others are of FIELDS and LATER
 
 
 def new(**values: Any) -> dict[str, Any]:
@@ -264,6 +275,8 @@ def _order(record: Mapping[str, Any]) -> list[Any]:
     names: tuple[str, ...] = ("model", "method", "sparsity", "prompt", "seed", "cell_id")
     if record.get("kind") == "attention":
         names = ("shape", "sparsity", "mask", "contestant", "cell_id")
+    elif record.get("kind") == "methods":
+        names = ("shape", "sparsity", "method", "cell_id")
     elif record.get("kind") == "step":
         names = ("case", "what", "compiled", "sparsity", "contestant", "dense_layers", "cell_id")
     values = [record.get(name) for name in names]

@@ -130,6 +130,18 @@ class Bench:
 
 
 @dataclasses.dataclass
+class Estimates:
+    """The benchmark of methods' estimates, which knows the names of shapes and methods."""
+
+    shapes: Annotated[list[str], "a non-empty list of distinct shapes", str.strip]
+    methods: Annotated[list[str], "a non-empty list of distinct methods", str.strip]
+    sparsities: Annotated[list[float], "a non-empty list of distinct numbers in (0, 1)", lambda x: 0 < x < 1]
+    budget_s: Annotated[float, "a number above 0", lambda x: x > 0]
+    prompt: Text
+    seed: Annotated[int, "an integer from 0 to 2^31 - 1", lambda x: 0 <= x < 2**31]
+
+
+@dataclasses.dataclass
 class Step:
     """The step benchmark, which knows the names of models and methods."""
 
@@ -194,7 +206,7 @@ def check(config: DictConfig) -> None:
 
 def check_bench(config: DictConfig, kind: str) -> None:
     """As `check`, for the keys under `bench` of the benchmark of that name; one item may stand for a list."""
-    known = {"attention": Bench, "step": Step}[kind]
+    known = {"attention": Bench, "step": Step, "methods": Estimates}[kind]
     for name in ("shapes", "sparsities", "masks", "contestants", "models", "methods", "layers", "compile"):
         if name in config.bench and not isinstance(item := _value(config.bench, name, "bench."), list | None):
             config.bench[name] = [item]

@@ -38,7 +38,7 @@ from .attention import DenseParts, Meter, Method, Plan, Request, Session
 from .cases import threads
 from .contest import Contest, first_line, names
 from .help import CONFIGS
-from .knob import Knobbed
+from .knob import Calibrated
 from .latency import Timer, Timing, quantiles
 from .layout import Layout
 from .methods.dense import Dense
@@ -139,7 +139,7 @@ def _method(case: Case, name: str, sparsity: float) -> Method:
     if name not in known:
         raise ValueError(f"bench.methods must be of stock, {', '.join([*KERNELS, *known])}, got {name!r}")
     made = schema.method(case.config(f"method={name}", f"sparsity={sparsity}"))
-    if isinstance(made, Knobbed):
+    if isinstance(made, Calibrated):
         raise ValueError(f"bench.methods: what {name} keeps depends on the data, which random weights do not have")
     if not made.sparse or type(made).request is not Method.request:
         raise ValueError(f"bench.methods: {name} is a control of the dense run, whose step is as long as a dense one")
@@ -415,10 +415,10 @@ class Apart(Meter):
 
     ms: float = 0.0
 
-    def add_plan(self, plan: Plan, layout: Layout, text_lengths: Tensor, heads: int) -> None:
+    def add_plan(self, plan: Plan, layout: Layout, text_lengths: Tensor, heads: int, more: bool = False) -> None:
         """See `Meter.add_plan`."""
         start = _now(text_lengths.device)
-        super().add_plan(plan, layout, text_lengths, heads)
+        super().add_plan(plan, layout, text_lengths, heads, more)
         self.ms += 1000 * (_now(text_lengths.device) - start)
 
 

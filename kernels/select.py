@@ -157,6 +157,16 @@ def plan_from_mask(
     return replace(cut_plan(mask, cut, cut, call, fallbacks), regular=regular)
 
 
+def complement(plan: Plan) -> Plan:
+    """The plan of all pairs that a plan does not execute, text's included."""
+    width = plan.kv_offsets.shape[-1] - 1
+    kept = torch.zeros(*plan.counts.shape, width + 1, dtype=torch.bool, device=plan.counts.device)
+    # What lies behind the counts goes to one column more, which is dropped.
+    kept.scatter_(-1, torch.where(plan.live, plan.blocks, width).long(), True)
+    counts, blocks = lists(~kept[..., :-1])
+    return replace(plan, counts=counts, blocks=blocks, fallbacks=None)
+
+
 def threshold_plan(scores: Tensor, sparsity: float, box: Box, call: Call) -> Plan:
     """The plan of `keep_over_threshold`, rows that keep nothing filled, for boxes in grid order.
 

@@ -73,22 +73,22 @@ def widths(distance: Tensor, reach: Tensor, frame: int, block: int) -> Tensor:
 
 def kept_blocks(frames: int, frame: int, block: int, reach: Tensor) -> Tensor:
     """Kept blocks [n, n], each at its own reach [n, n]."""
-    video, n = frames * frame, len(reach)
-    token = torch.arange(video, device=reach.device)
+    video, n, device = frames * frame, len(reach), reach.device
+    token = torch.arange(video, device=device)
+    place = (token % frame).int()
+    # Pieces of key blocks that lie in one frame each: the band has one width in a piece.
+    pieces = torch.cat([token[::block], token[::frame]]).unique()
+    piece = torch.searchsorted(pieces, token, right=True) - 1
     kept = torch.empty_like(reach, dtype=torch.bool)
-    for rows in torch.arange(n, device=reach.device)[:, None].split(
-        max(1, CHUNK.get(reach.device.type, 2**24) // video)
-    ):
+    for rows in torch.arange(n, device=device)[:, None].split(max(1, CHUNK.get(device.type, 2**24) // video)):
         start, end = rows * block, (rows * block + block).clamp(max=video)
-        own = reach[rows[:, 0]][:, token // block]
-        inside = torch.zeros_like(own)
+        own = reach[rows[:, 0]][:, pieces // block]
+        inside = torch.zeros(len(rows), video, dtype=torch.int32, device=device)
         for later in range((block - 1) // frame + 2):  # the frames that a block may touch
             t = start // frame + later
-            first, last = (start - t * frame).clamp(min=0), (end - t * frame).clamp(max=frame) - 1
-            width = widths((token // frame - t).abs(), own, frame, block)
-            low, high = (token % frame - width).ceil(), (token % frame + width).floor()
-            count = torch.minimum(high, last) - torch.maximum(low, first) + 1
-            inside += torch.where(width < 0, 0, count.clamp(min=0))
+            first, last = (start - t * frame).clamp(min=0).int(), (end - t * frame).clamp(max=frame).int() - 1
+            width = widths((pieces // frame - t).abs(), own, frame, block).floor().int()[:, piece]
+            inside += (torch.minimum(place + width, last) - torch.maximum(place - width, first) + 1).clamp(min=0)
         dense, some = (_sums(x, block) for x in (inside * 3 > end - start, inside > 0))
         kept[rows[:, 0]] = dense > 0.6 * some
     return kept
@@ -96,7 +96,7 @@ def kept_blocks(frames: int, frame: int, block: int, reach: Tensor) -> Tensor:
 
 def _sums(x: Tensor, block: int) -> Tensor:
     """Sums [r, n] over blocks of the columns of x, the last of which may be smaller."""
-    return torch.nn.functional.pad(x.double(), (0, -x.shape[1] % block)).unflatten(1, (-1, block)).sum(-1)
+    return torch.nn.functional.pad(x.float(), (0, -x.shape[1] % block)).unflatten(1, (-1, block)).sum(-1)
 
 
 def _sink(n: int, frame: int, block: int, on: bool, device: torch.device) -> Tensor:

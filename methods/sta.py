@@ -1,15 +1,17 @@
 """Sliding tile attention (Zhang et al., 2025, arXiv 2502.04507; github.com/hao-ai-lab/FastVideo), "uniform" windows.
 
 Tiles of t x h x w tokens; a query tile keeps the tiles within a window around it, the window shifted inwards at the
-grid's edges. The paper searches windows per step, layer and head; here all heads share one family of windows, and the
-heads are split between the two of it that meet the sparsity together. Any grid, edge tiles may be smaller.
+grid's edges. The paper searches windows per step, layer and head, as `sta_searched` does; this is the ablation without
+the search: all layers and steps have the same windows, and the heads are split between the two that meet the sparsity
+together. Any grid, edge tiles may be smaller.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from ..attention import Call, Method, Plan
 from ..kernels.select import box_plan
 from ..layout import Box, owners
 
+Window = tuple[int, int, int]
 BLOCK = 128  # tokens; a larger tile is listed as parts of it, which more kernels take and all run as fast
 
 
@@ -26,20 +29,27 @@ class STA(Method):
     """tile: (t, h, w) tokens."""
 
     tile: tuple[int, int, int] = (6, 8, 8)
+    windows: str = field(default="uniform", init=False)  # for the records
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Plan:
         """See `Method.plan`; the windows depend on the grid alone."""
         box = Box(*(int(n) for n in self.tile))
         windows = choose_windows(box, call.layout.grid, q.shape[2], round(1 - self.sparsity, 9))
-        mask = torch.stack([window_mask(box, call.layout.grid, window, q.device) for window in windows])
-        part = box.halved(BLOCK)
-        if part != box:
-            owner = owners(part, box, call.layout.grid, q.device)
-            mask = mask[:, owner][:, :, owner]
-        return box_plan(mask.expand(len(q), -1, -1, -1), part, call)
+        return window_plan(box, windows, q, call)
 
 
-def _axis_masks(box: Box, grid: tuple[int, int, int], window: tuple[int, int, int]) -> list[Tensor]:
+def window_plan(box: Box, windows: Sequence[Window], q: Tensor, call: Call) -> Plan:
+    """The plan of a window in tiles for each head."""
+    grid = call.layout.grid
+    mask = torch.stack([window_mask(box, grid, window, q.device) for window in windows])
+    part = box.halved(BLOCK)
+    if part != box:
+        owner = owners(part, box, grid, q.device)
+        mask = mask[:, owner][:, :, owner]
+    return box_plan(mask.expand(len(q), -1, -1, -1), part, call)
+
+
+def _axis_masks(box: Box, grid: tuple[int, int, int], window: Window) -> list[Tensor]:
     """Kept tiles along each axis, [n, n] bool."""
     masks = []
     for n, size in zip(box.counts(grid), window, strict=True):
@@ -50,7 +60,7 @@ def _axis_masks(box: Box, grid: tuple[int, int, int], window: tuple[int, int, in
 
 
 @functools.lru_cache(maxsize=256)
-def window_mask(box: Box, grid: tuple[int, int, int], window: tuple[int, int, int], device: torch.device) -> Tensor:
+def window_mask(box: Box, grid: tuple[int, int, int], window: Window, device: torch.device) -> Tensor:
     """Kept tiles [n, n] of a window of (t, h, w) tiles."""
     t, y, x = _axis_masks(box, grid, window)
     mask = t[:, None, None, :, None, None] & y[None, :, None, None, :, None] & x[None, None, :, None, None, :]
@@ -58,7 +68,7 @@ def window_mask(box: Box, grid: tuple[int, int, int], window: tuple[int, int, in
     return mask.reshape(n, n).to(device)
 
 
-def window_density(box: Box, grid: tuple[int, int, int], window: tuple[int, int, int]) -> float:
+def window_density(box: Box, grid: tuple[int, int, int], window: Window) -> float:
     """Kept token pairs of a window over all video pairs; the axes are independent, so it is a product."""
     density = 1.0
     sides = zip(grid, (box.t, box.h, box.w), _axis_masks(box, grid, window), strict=True)
@@ -70,18 +80,10 @@ def window_density(box: Box, grid: tuple[int, int, int], window: tuple[int, int,
 
 
 @functools.lru_cache(maxsize=256)
-def choose_windows(
-    box: Box, grid: tuple[int, int, int], heads: int, density: float
-) -> tuple[tuple[int, int, int], ...]:
+def choose_windows(box: Box, grid: tuple[int, int, int], heads: int, density: float) -> tuple[Window, ...]:
     """One window a head, of two whose mix is nearest to `density`, the least lopsided among near-equals."""
-    counts = box.counts(grid)
-    family = []
-    for window in itertools.product(*(range(1, n + 1) for n in counts)):
-        window = (window[0], window[1], window[2])
-        shares = [size / n for size, n in zip(window, counts, strict=True)]
-        family.append((window_density(box, grid, window), max(shares) - min(shares), window))
     choices = []
-    for a, b in _pairs(family, density):
+    for a, b in itertools.combinations_with_replacement(nearest_windows(box, grid, density, 24), 2):
         for mix in range(1, heads + 1):
             miss = abs(mix * a[0] + (heads - mix) * b[0] - heads * density) / heads
             choices.append((max(0.0, miss - 0.005) * 20 + a[1] + b[1], mix, a, b))
@@ -90,7 +92,13 @@ def choose_windows(
     return (a[2],) * mix + (b[2],) * (heads - mix)
 
 
-def _pairs(family: list[tuple[float, float, tuple[int, int, int]]], density: float) -> list[tuple[tuple, tuple]]:
-    """Pairs of windows around the density: the nearest few on each side, for a short search."""
-    near = sorted(family, key=lambda item: abs(item[0] - density))[:24]
-    return list(itertools.combinations_with_replacement(near, 2))
+@functools.lru_cache(maxsize=256)
+def nearest_windows(
+    box: Box, grid: tuple[int, int, int], density: float, count: int
+) -> list[tuple[float, float, Window]]:
+    """(Density, how lopsided it is, window) of the windows nearest to a density."""
+    counts, family = box.counts(grid), []
+    for t, h, w in itertools.product(*(range(1, n + 1) for n in counts)):
+        shares = [size / n for size, n in zip((t, h, w), counts, strict=True)]
+        family.append((window_density(box, grid, (t, h, w)), max(shares) - min(shares), (t, h, w)))
+    return sorted(family, key=lambda item: abs(item[0] - density))[:count]

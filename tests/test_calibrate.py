@@ -4,11 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from draftbench.kernels import dense
+from draftbench.methods.efficient_vdit import EfficientVDiT
 from draftbench.methods.xattention import XAttention
 
-from draftbench import calibrate, run, schema
+from draftbench import calibrate, kernels, run, schema
+from draftbench.attention import DenseParts
 from draftbench.knob import read
+from draftbench.layout import Layout
+from draftbench.models.pocket.prompts import tokens
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "conf" / "calibration").glob("*.yaml"))
@@ -80,6 +86,60 @@ def test_a_run_reads_what_was_calibrated_and_its_record_says_so(knobbed, tmp_pat
     assert entry["seeds"] == [9] and len(entry["rows"]) == 1  # what others found is gone
 
 
+@pytest.mark.parametrize("name, sparsity", [("sta_searched", 0.7), ("efficient_vdit", 0.64)])
+def test_a_search_tries_every_mask_on_the_dense_trajectory(configured, tmp_path, name, sparsity, capsys):
+    path = tmp_path / "found.yaml"
+    where = [f"method={name}", f"method.calibration={path}", "model.steps=4", f"sparsity={sparsity}"]
+    with pytest.raises(ValueError, match=rf"first run python -m draftbench.calibrate method={name} sparsity=0"):
+        run.job(configured(*where), tmp_path / "before")
+    config = configured(*where, "prompts=[walk forward in the lamp hall,turn left]", "seeds=[7]", "batch=1")
+    calibrate.calibrate(config, [sparsity, 0.99])
+    assert "sparsity=0.99 is out of reach" in capsys.readouterr().err
+    ((row,),) = ([*entry["rows"]] for entry in read(path))
+    assert abs(row["achieved"] - sparsity) <= calibrate.FARTHEST
+    assert row["value"]["layers"] == [0, 1]
+    if name == "sta_searched":
+        assert row["value"]["steps"] == [1, 2, 3] and all(len(picks.split()) == 2 for picks in row["value"]["picks"])
+    (record,) = run.job(configured(*where), tmp_path / "after")
+    assert abs(record["sparsity_achieved"] - row["achieved"]) < 1e-4  # on any clip: the masks depend on no tokens
+    assert record["method_settings"]["calibrated"]["value"] == row["value"]
+    changed = path.stat().st_mtime_ns
+    calibrate.calibrate(config, [sparsity])  # it is there
+    assert path.stat().st_mtime_ns == changed
+
+
+def test_a_searchs_losses_are_the_relative_errors_of_the_heads(configured, tmp_path):
+    """Against dense attention by hand, of one option, the mean over the calls of a step and a layer."""
+    layout, lengths = Layout((4, 3, 4), 3), torch.tensor([3, 2])
+    method = EfficientVDiT(0.5, block=5)
+    search = calibrate.Search(method, kernels.run("cpu"), dense.run, DenseParts(0), sparsities=[0.5])
+    search.start(2)
+    search.at_step(2, 4, 0.5)
+    torch.manual_seed(0)
+    expected = torch.zeros(2, dtype=torch.float64)
+    frame = torch.arange(48) // 12
+    kept = torch.nn.functional.pad(
+        (frame[:, None] == frame) | (frame[:, None] == 0) | (frame == 0), (0, 3, 0, 3), value=True
+    )
+    for branch in ("cond", "uncond"):
+        q, k, v = torch.randn(3, 2, 51, 2, 8)
+        out = search(q, k, v, layout=layout, text_lengths=lengths, layer=6, branch=branch, seeds=(1, 2))
+        assert torch.equal(out, dense.run(q, k, v, layout, [3, 2]))
+        wrong, size = torch.zeros(2, 2, dtype=torch.float64)
+        for item, real in enumerate((51, 50)):
+            scores = torch.einsum("qhd,khd->hqk", q[item, :real], k[item, :real]).double() / 8**0.5
+            full, part = (
+                torch.einsum("hqk,khd->qhd", x.softmax(-1), v[item, :real].double())
+                for x in (scores, scores.masked_fill(~kept[:real, :real], -torch.inf))
+            )
+            wrong += (part - full).square().sum((0, 2))
+            size += full.square().sum((0, 2))
+        expected += wrong / size / 2
+    losses = search.losses()
+    assert (losses.steps, losses.layers, list(losses.of)) == ([2], [6], [0, 1, 2, 3])
+    torch.testing.assert_close(losses.of[1][0, 0], expected, atol=1e-5, rtol=1e-4)
+
+
 def test_what_cannot_be_calibrated_is_refused(configured, knobbed, tmp_path, capsys):
     with pytest.raises(ValueError, match="method=draft takes its sparsity as it is"):
         calibrate.calibrate(configured("method=draft"), [0.5])
@@ -103,3 +163,13 @@ def test_the_shipped_files_use_prompts_and_seeds_of_no_table():
     for path in SHIPPED:
         for entry in yaml.safe_load(path.read_text()):
             assert not prompts & set(entry["prompts"]) and not seeds & set(entry["seeds"]), path
+
+
+def test_the_fields_clips_are_those_that_nothing_was_tuned_on():
+    field, other, tuned = (
+        yaml.safe_load((ROOT / "conf" / path).read_text())
+        for path in ("experiment/field.yaml", "experiment/pocket_methods.yaml", "calibrate.yaml")
+    )
+    assert len(set(field["prompts"])) == 32 and all(tokens(prompt) for prompt in field["prompts"])
+    assert not set(field["prompts"]) & set(tuned["prompts"])
+    assert not set(field["seeds"]) & {*range(100), *other["seeds"], *tuned["seeds"]}  # 0 to 99 checked the model

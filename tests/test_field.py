@@ -8,22 +8,27 @@ import ast
 import itertools
 import math
 from collections import Counter
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 import torch
 from draftbench.kernels import run
 from draftbench.kernels.kmeans import kmeans
+from draftbench.methods.efficient_vdit import EfficientVDiT
 from draftbench.methods.jenga import Jenga, adjacent, curve
 from draftbench.methods.radial import Radial, decay_mask
+from draftbench.methods.re_ttention import ReTtention
 from draftbench.methods.sparge import Sparge
 from draftbench.methods.sta import STA, choose_windows
+from draftbench.methods.sta_searched import STASearched, priced
 from draftbench.methods.svg import SVG
 from draftbench.methods.svg2 import SVG2
 from draftbench.methods.vsa import VSA
 from draftbench.methods.xattention import XAttention
 
-from draftbench.attention import Call, Meter
+from draftbench.attention import Call, DenseParts, Meter
+from draftbench.knob import Losses
 from draftbench.layout import Box, Layout, permutation
 
 CPU = torch.device("cpu")
@@ -228,13 +233,83 @@ def test_sta_is_a_window_of_tiles(grid):
         expected = torch.zeros(len(coordinates), len(coordinates), dtype=torch.bool)
         for i, a in enumerate(coordinates):
             for j, b in enumerate(coordinates):
-                near = True
-                for x, y, side, n, width in zip(a, b, (2, 4, 4), grid, window, strict=True):
-                    tiles = -(-n // side)
-                    first = min(max(x // side - width // 2, 0), tiles - width)
-                    near = near and first <= y // side < first + width
-                expected[i, j] = near
+                expected[i, j] = in_window(a, b, grid, window)
         assert torch.equal(found[h], with_text(expected, grid))
+
+
+def in_window(a, b, grid, window):
+    """Whether token b is in the window, in tiles of 2x4x4, of token a's tile."""
+    for x, y, side, n, width in zip(a, b, (2, 4, 4), grid, window, strict=True):
+        tiles = -(-n // side)
+        first = min(max(x // side - width // 2, 0), tiles - width)
+        if not first <= y // side < first + width:
+            return False
+    return True
+
+
+@grids
+def test_sta_searched_runs_what_was_picked(grid):
+    """The window of the step and layer, or of the nearest that was searched; the heads in turn."""
+    windows = [[1, 1, 1], [1, 2, 2], [-(-grid[0] // 2), 1, 2]]
+    found = {"steps": [5, 6], "layers": [1, 2], "windows": windows, "picks": ["00 00", "12 01"]}
+    coordinates = list(itertools.product(*map(range, grid)))
+    for step, picked in ((6, (1, 2)), (9, (1, 2)), (2, (0, 0))):
+        kept = kept_tokens(STASearched(0.6, tile=(2, 4, 4)).at(found), grid, step=step)
+        for h, option in enumerate(picked):
+            expected = [[in_window(a, b, grid, windows[option]) for b in coordinates] for a in coordinates]
+            assert torch.equal(kept[h], with_text(torch.tensor(expected), grid))
+
+
+def test_records_tell_uniform_windows_from_searched_ones():
+    assert asdict(STA(0.6))["windows"] == "uniform" and asdict(STASearched(0.6))["windows"] == "searched"
+
+
+def test_the_priced_picks_are_the_best_of_their_density():
+    torch.manual_seed(0)
+    density = torch.tensor([0.1, 0.2, 0.4], dtype=torch.float64)
+    for _ in range(20):
+        loss = torch.rand(3, 5, dtype=torch.float64).sort(0, descending=True).values
+        for budget in (0.1, 0.15, 0.23, 0.4):
+            picks, mean = priced(loss, density, budget)
+            assert abs(float(density[picks].mean()) - mean) < 1e-12 and abs(mean - budget) <= 0.3 / 5 / 2 + 1e-9
+            mine = float(loss.gather(0, picks[None]).sum())
+            for other in itertools.product(range(3), repeat=5):
+                if float(density[list(other)].mean()) <= mean + 1e-12:
+                    assert mine <= float(loss.gather(0, torch.tensor([other])).sum()) + 1e-9
+
+
+@grids
+@pytest.mark.parametrize("k", [0, 1, 2, 9])
+def test_efficient_vdit_is_a_diagonal_of_frames_and_global_ones(grid, k):
+    frames, frame = grid[0], grid[1] * grid[2]
+    k = min(k, frames)
+    chosen = {i * frames // k for i in range(k)}
+    pairs = [[i == j or i in chosen or j in chosen for j in range(frames)] for i in range(frames)]
+    assert sum(map(sum, pairs)) == k * frames + (frames - k) * (k + 1)
+    expected = with_text(spread(pairs, [range(i * frame, (i + 1) * frame) for i in range(frames)]), grid)
+    assert torch.equal(kept_tokens(EfficientVDiT(globals=k, block=8), grid), expected.expand(2, -1, -1))
+
+
+def test_efficient_vdit_takes_the_sparsest_mask_within_one_bound_for_all_layers():
+    grid, method = (4, 2, 2), EfficientVDiT(0.5)
+    density = method.options(grid, 0.5)
+    assert density == {k: (4 * k + (4 - k) * (k + 1)) / 16 for k in range(4)}
+    rows = {0: [0.9, 0.5, 0.3], 1: [0.6, 0.4, 0.1], 2: [0.3, 0.35, 0.05], 3: [0.0, 0.0, 0.0]}  # by layer
+    of = {k: torch.tensor(row, dtype=torch.float64)[None, :, None].expand(2, -1, 3) for k, row in rows.items()}
+    losses = Losses([3, 4], [1, 2, 5], of)
+    found, kept = method.pick(losses, grid, 0.5)
+    choices = [
+        [min(k for k in rows if rows[k][i] <= bound or k == 3) for i in range(3)]
+        for row in rows.values()
+        for bound in row
+    ]
+    best = min(
+        choices,
+        key=lambda ks: abs(sum(density[k] for k in ks) / 3 - 0.5),
+    )
+    assert found == {"layers": [1, 2, 5], "globals": best} and abs(kept - sum(density[k] for k in best) / 3) < 1e-12
+    with pytest.raises(ValueError, match=r"method.globals must be null or at least 0, got -1"):
+        EfficientVDiT(globals=-1)
 
 
 @grids
@@ -362,6 +437,66 @@ def test_sparge_is_the_papers_rule(grid, cdf, similarity):
             for j in range(len(columns)):
                 mask[i, j] = not q_alike[i] or not k_alike[j] or (any(k_alike) and j in where[:n].tolist())
         assert torch.equal(found[h], with_text(spread(mask, rows, columns), grid))
+
+
+@grids
+@pytest.mark.parametrize("window", [0.5, 0.9])
+def test_re_ttention_is_the_papers_rule(grid, window):
+    """Token by token: a full step, three steps that reuse it, a full one again, and one more."""
+    layout, method = Layout(grid, 5), ReTtention(window_sparsity=window, period=4, growth=0.3, block=8)
+    kept = kept_tokens(method, grid)[0]
+    state, meter, length = {}, Meter(), layout.length
+    torch.manual_seed(0)
+    for step in range(6, 12):
+        q, k, v = torch.randn(3, 1, length, 2, 16)
+        call = Call(layout, step, 12, 1, "cond", torch.tensor([5]), (3,), 0, state, run("cpu"), meter)
+        before = float(meter.kept[0]) if step > 6 else 0.0
+        out = method.attend(q, k, v, call)[0]
+        weight = (torch.einsum("qhd,khd->hqk", q[0], k[0]) / 4).exp()
+        windowed = torch.einsum("hqk,khd->qhd", weight * kept / (weight * kept).sum(-1, keepdim=True), v[0])
+        if step in (6, 10):
+            full = torch.einsum("hqk,khd->qhd", weight / weight.sum(-1, keepdim=True), v[0])
+            rho = ((weight * kept).sum(-1) / weight.sum(-1)).T[..., None]
+            residual, expected = full - rho * windowed, full
+            executed = 2 * length**2  # every pair once, of two heads
+        else:
+            expected = rho * windowed + residual
+            rho = (rho + 0.3).clamp(max=1)
+            executed = 2 * int(kept.sum())
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+        assert float(meter.kept[0]) - before == executed
+    assert meter.calls == meter.sparse_calls == 6 and float(meter.all[0]) == 6 * 2 * length**2
+
+
+@grids
+def test_re_ttentions_window_is_a_band_of_places_in_every_frame(grid):
+    found = kept_tokens(ReTtention(window_sparsity=0.6, block=8), grid)
+    frames, frame = grid[0], grid[1] * grid[2]
+    tokens = [t * frame + p for p in range(frame) for t in range(frames)]
+    pieces = [[tokens[i] for i in piece] for piece in cut(grid, 8)]
+    bands = []
+    for reach in range(len(pieces)):
+        near = [[abs(i - j) <= reach for j in range(len(pieces))] for i in range(len(pieces))]
+        bands.append(spread(near, pieces))
+    best = min(bands, key=lambda band: abs(float(band.float().mean()) - 0.4))
+    assert torch.equal(found, with_text(best, grid).expand(2, -1, -1))
+
+
+def test_re_ttention_counts_its_full_steps_and_refuses_what_they_leave_no_room_for():
+    assert ReTtention(0.5).schedule(15) == (5, (0.5 * 15 - 3) / 12)
+    assert ReTtention(0.75).schedule(15) == (5, (0.25 * 15 - 3) / 12)
+    period, density = ReTtention(0.9).schedule(15)
+    assert period == 15 and abs(density - 0.5 / 14) < 1e-9
+    for sparsity, active in ((0.95, 15), (0.5, 1), (0.9, 10)):
+        with pytest.raises(ValueError, match=rf"sparsity={sparsity} is out of re_ttention's reach in {active} active"):
+            ReTtention(sparsity).schedule(active)
+    ReTtention(0.9).meet(SimpleNamespace(steps=20), DenseParts(0.25))
+    with pytest.raises(ValueError, match="in 10 active steps"):
+        ReTtention(0.9).meet(SimpleNamespace(steps=20), DenseParts(0.5))
+    with pytest.raises(ValueError, match=r"method.window_sparsity must be null or in \[0, 1\), got 1.2"):
+        ReTtention(window_sparsity=1.2)
+    with pytest.raises(ValueError, match=r"method.period must be at least 1, got 0"):
+        ReTtention(period=0)
 
 
 def official(request, path, *names):

@@ -1,0 +1,92 @@
+"""Table and picture of records of kind "methods": what methods' estimates cost, for the benchmark's own folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .attention_tables import number, spread
+from .tabular import Page, Table
+
+Row = dict[str, Any]
+SAME = ("device", "versions", "commit", "source", "budget_s")
+
+
+def page(rows: Sequence[Row], source: str) -> Page:
+    """The tables of one file of records; ValueError, naming the field, for rows that cannot share one."""
+    for name in SAME:
+        values = sorted({repr(row[name]) for row in rows})
+        if len(values) > 1:
+            raise ValueError(f"{source}: rows with different {name} share no table: {', '.join(values)}")
+    first = rows[0]
+    versions = ", ".join(f"{name} {value}" for name, value in first["versions"].items() if value)
+    dirty = ", with changes that are not committed" if any(row["dirty"] for row in rows) else ""
+    about = (
+        f"The estimate of each method at one attention call on {first['device']}; {versions}; commit "
+        f"`{first['commit'][:12]}`{dirty}.",
+        f"q and k of pocket (`{first['source']['prompt']}`, seed {first['source']['seed']}), tiled to the shape. ms: "
+        "median [20%, 80%] of timings in turn with dense attention; estimate: the method's plan alone, in the middle "
+        "of a clip; first: its first plan in a clip, once, compilation included; kernel: the executor on that plan; "
+        "share: estimate over kernel; whole: all of it. Times over dense: the dense kernel of the same rounds over the "
+        "whole. A knob was set so that this call meets the sparsity. re_ttention's call lies between two full steps, "
+        "which its sparsity counts, so the call itself drops more.",
+    )
+    tables: list[Table | str] = [*about, short(rows)]
+    others = [row for row in rows if not _ok(row)]
+    if others:
+        columns = {"shape": "{shape}", "method": "{method}", "sparsity": "{sparsity:g}", "status": "{status}"}
+        tables.append(Table("missing", columns, [{name: row[name] for name in columns} for row in others], "No time"))
+    return Page(source, source, tables)
+
+
+def short(rows: Sequence[Row]) -> Table:
+    """Every method's times at every shape and sparsity, the cheapest estimate first."""
+    columns: dict[str, Any] = {
+        "shape": "{shape}", "sparsity": "{sparsity:g}", "method": "{method}", "achieved": "{sparsity_achieved:.3f}",
+        "estimate, ms": lambda row: f"{spread(row, 'plan_ms')} ({row['plan_ms']['n']})",
+        "share": "{share:.1%}", "first, ms": lambda row: number(row["first_plan_ms"]),
+        "kernel, ms": lambda row: spread(row, "kernel_ms"), "whole, ms": spread,
+        "dense, ms": lambda row: number(row["dense"]["ms"]), "times over dense": "{speedup:.2f}",
+    }  # fmt: skip
+    fields = ("shape", "sparsity", "method", "sparsity_achieved", "plan_ms", "share", "first_plan_ms", "kernel_ms")
+    found = sorted(filter(_ok, rows), key=lambda row: (row["shape"], row["sparsity"], row["plan_ms"]["p50"]))
+    return Table("short", columns, [{name: row[name] for name in (*fields, "ms", "dense", "speedup")} for row in found])
+
+
+def figure(rows: Sequence[Row], path: Path, digest: str) -> None:
+    """A bar a row: the method's kernel, its estimate and the rest of the whole, and a mark at dense; `digest` goes into
+    the picture's metadata."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = sorted(filter(_ok, rows), key=lambda row: (row["shape"], row["sparsity"], row["ms"]["p50"]))
+    drawn, axes = pyplot.subplots(figsize=(8, 1 + 0.3 * len(found)), layout="constrained")
+    left = [0.0] * len(found)
+    for name, colour in (("kernel", "C0"), ("estimate", "C1"), ("rest", "C7")):
+        widths = [max(0.0, _part(row, name)) for row in found]
+        axes.barh(range(len(found)), widths, left=left, color=colour, label=name)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axes.plot([row["dense"]["ms"] for row in found], range(len(found)), "k|", markersize=12, label="dense")
+    axes.set_yticks(range(len(found)), [f"{row['method']} {row['sparsity']:g} {row['shape']}" for row in found])
+    axes.set_xlabel(f"ms a call, {rows[0]['device']}")
+    axes.invert_yaxis()
+    axes.legend()
+    drawn.savefig(path, format="png", dpi=120, metadata={"records": digest, "Software": None})
+    pyplot.close(drawn)
+
+
+def lacks(row: Row) -> str | None:
+    """What a row that has a time lacks to be read, or None."""
+    return None if row["dense"] and row["dense"]["ms"] else "its dense time"
+
+
+def _part(row: Row, name: str) -> float:
+    kernel, estimate = row["kernel_ms"]["p50"], row["plan_ms"]["p50"]
+    return float({"kernel": kernel, "estimate": estimate, "rest": row["ms"]["p50"] - kernel - estimate}[name])
+
+
+def _ok(row: Row) -> bool:
+    return bool(row["status"] == "ok")
