@@ -149,6 +149,7 @@ class Tables:
     figures: Text
     readme: Text
     check: Switch
+    again: Mapping[str, Any]
     contrasts: Contrasts
 
 

@@ -14,13 +14,14 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 
-from . import attention_tables, cli, method_tables, paper_tables, records, schema
+from . import attention_tables, cli, contrasts, method_tables, paper_tables, rank_tables, records, schema
 from .help import CONFIGS
 from .tabular import Page
 
@@ -65,14 +66,16 @@ def _all(config: DictConfig) -> int:
     damaged: list[str] = []
     rows = {source: found for source in sources if (found := records.read_all([source], damaged))}
     everything = [row for group in rows.values() for row in group]
-    pages = [page(source, group, config) for source, group in rows.items()]
+    by_name = {source.stem: group for source, group in rows.items()}
+    again = {name: by_name[other] for name, other in config.again.items() if other in by_name}
+    pages = [page(source, group, config, again.get(source.stem, [])) for source, group in rows.items()]
     pages += [_paper(path.stem, config, everything) for path in sorted(Path(config.quoted).glob("*.csv"))]
     out = Path(config.out)
     files = {out / name: text for made in pages for name, text in made.files().items()}
     if len({made.name for made in pages}) < len(pages):
         raise ValueError("two pages have one name: rename a file of records or of quoted numbers")
     if (readme_path := Path(config.readme)).is_file():
-        files[readme_path] = readme(readme_path.read_text(), {source.stem: short(g) for source, g in rows.items()})
+        files[readme_path] = readme(readme_path.read_text(), {name: short(group) for name, group in by_name.items()})
     pictures = {Path(config.figures) / f"{s.stem}.png": s for s, group in rows.items() if _attention(group)}
     stale = [path for path, source in pictures.items() if _drawn_from(path) != _digest(source)]
     stale += [path for path, text in files.items() if not path.is_file() or path.read_text() != text]
@@ -96,14 +99,15 @@ def _tell(damaged: list[str]) -> int:
     return int(bool(damaged))
 
 
-def page(source: Path, rows: Rows, config: DictConfig) -> Page:
-    """The page of a file of records, with the diagnostics beside it if there are any."""
+def page(source: Path, rows: Rows, config: DictConfig, again: Sequence[dict[str, Any]] = ()) -> Page:
+    """The page of a file of records, with the diagnostics beside it and the ranks in the file `again`, if any."""
     if _attention(rows):
         return attention_tables.page(rows, source.stem)
     notes = source.with_suffix(".diagnostics.json")
     found = json.loads(notes.read_text()) if notes.is_file() else []
-    rule = method_tables.Contrasts(**OmegaConf.to_container(config.contrasts))  # type: ignore[arg-type]
-    return method_tables.page(rows, source.stem, rule, found)
+    rule = contrasts.Contrasts(**OmegaConf.to_container(config.contrasts))  # type: ignore[arg-type]
+    made = method_tables.page(rows, source.stem, rule, found)
+    return replace(made, parts=[*made.parts, rank_tables.ranks(rows, again, source.stem, rule)]) if again else made
 
 
 def short(rows: Rows) -> str:
@@ -112,12 +116,13 @@ def short(rows: Rows) -> str:
 
 
 def readme(text: str, tables: dict[str, str]) -> str:
-    """`text` with what stands between each pair of markers replaced; an unknown name raises ValueError."""
+    """`text` with what stands between each pair of markers replaced: by nothing, and that is told, without records."""
 
     def fill(match: re.Match[str]) -> str:
         if match[1] not in tables:
-            raise ValueError(f"README: there are no records for the table {match[1]!r}")
-        return f"<!-- table {match[1]} -->\n{tables[match[1]]}\n<!-- end -->"
+            print(f"README: there are no records for the table {match[1]!r} yet; it is left empty", file=sys.stderr)
+        table = tables.get(match[1], "")
+        return "\n".join([f"<!-- table {match[1]} -->", *([table] if table else []), "<!-- end -->"])
 
     return re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
 
