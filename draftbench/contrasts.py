@@ -45,7 +45,8 @@ class Contrasts:
 def labels(cells: Cells) -> dict[str, Column]:
     """The columns that tell a table's rows apart: the warm-up only where it varies."""
     varies = len({setting.warmup for setting, _ in cells}) > 1
-    return ({"dense steps": "{warmup:.0%}"} if varies else {}) | {"sparsity": "{sparsity:g}", "method": "{method}"}
+    found: dict[str, Column] = {"dense steps": "{warmup:.0%}"} if varies else {}
+    return found | {"sparsity": "{sparsity:g}", "method": "{method}"}
 
 
 def by_prompt(clips: Iterable[tuple[str, float | None]]) -> dict[str, list[float]]:

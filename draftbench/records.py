@@ -125,13 +125,22 @@ def write(record: Mapping[str, Any], path: Path | str) -> None:
 
 
 def append(record: Mapping[str, Any], path: Path | str) -> None:
-    """Add one record as a line, on disk when this returns; OSError naming the path, ValueError for NaN."""
-    line = json.dumps(record, sort_keys=True, allow_nan=False) + "\n"
+    """Add one record as a line, on disk when this returns; OSError naming the path, ValueError for NaN.
+
+    What a full disk took of a line is taken back, so that a later one does not run on from it.
+    """
+    line = (json.dumps(record, sort_keys=True, allow_nan=False) + "\n").encode()
     try:
-        with Path(path).open("a", encoding="utf-8") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        with Path(path).open("ab", buffering=0) as file:
+            before = os.fstat(file.fileno()).st_size
+            try:
+                while line:
+                    line = line[file.write(line) :]
+                os.fsync(file.fileno())
+            except OSError:
+                with suppress(OSError):
+                    file.truncate(before)
+                raise
     except OSError as error:
         raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
 
