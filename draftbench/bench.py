@@ -5,7 +5,7 @@ kernel of the lowest median, timed again among them. A timing counts only if the
 sampled rows, the last timed output with that one in every row, and the output of a kernel with that of another on the
 same lists. A row has budget_s / (time of one call) timings, at least `LEAST` (`LEAST_SLOW` if a call takes `SLOW_MS` or
 more) and at most `MOST`. Rows are appended to the run's folder as they come. Exit codes: 0; 1 if a row or the run
-failed or a row lacks its dense time or its parts; 2 if nothing was run; 130 if interrupted.
+failed, no contestant can run here or a row lacks its dense time or its parts; 2 if nothing was run; 130 if interrupted.
 """
 
 from __future__ import annotations
@@ -80,6 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = [row for row in bench.rows if row["status"].startswith("failed")]
     if failed:
         _say(f"{len(failed)} of {len(bench.rows)} rows failed")
+    if bench.rows and not code and all(row["status"].startswith("absent") for row in bench.rows):
+        reasons = {f"{row['contestant']}: {row['status'].removeprefix('absent: ')}": None for row in bench.rows}
+        _say(f"no contestant can run here: {'; '.join(reasons)}")
+        code = 1
     lacking = [row for row in bench.rows if row["status"] == "ok" and attention_tables.lacks(row)]
     if lacking:
         _say(f"{len(lacking)} of {len(bench.rows)} rows lack their dense time or their parts")

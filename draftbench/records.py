@@ -268,7 +268,8 @@ def _order(record: Mapping[str, Any]) -> list[Any]:
     return [(value is not None, 0 if value is None else value) for value in values]
 
 
-def _main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> int:
+    """The command line; 2, and a line on stderr, if nothing was promoted."""
     parser = argparse.ArgumentParser(prog="python -m draftbench.records", description="Work with records.")
     command = parser.add_subparsers(required=True, metavar="COMMAND").add_parser(
         "promote", help="gather run folders into results/records"
@@ -283,10 +284,12 @@ def _main(arguments: list[str]) -> None:
         target = promote(**options)
         records = read_all([target])
     except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
+        print(f"draftbench: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+        return 2
     failed, absent = (sum(str(record["status"]).startswith(why) for record in records) for why in ("failed", "absent"))
     print(f"{target}: {len(records)} records, {failed} failed" + (f", {absent} absent" if absent else ""))
+    return 0
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -202,7 +202,7 @@ def test_ten_thousand_records_take_less_than_ten_seconds(tmp_path):
         ("recrods=x", "unknown key recrods=x; did you mean records?"),
         ("contrasts.draws=9", "contrasts.draws must be an integer of at least 1000, got 9"),
         ("contrasts.metrics=[psnr]", "contrasts.metrics must be a list of psnr_db, ssim, lpips, each once, got 'psnr'"),
-        ("paper=nope", "paper"),
+        ("paper=nope", "paper must be one of draft_attention, got 'nope'"),
     ],
 )
 def test_bad_keys_are_refused_in_a_line(argument, message, capsys):
