@@ -14,8 +14,9 @@ setup: .venv/ready
 demo: setup
 	$(RUN) draftbench +method=draft sparsity=0.9
 
+# One process a core, one thread each: more threads would wait for one another.
 test: setup
-	$(RUN) pytest
+	OMP_NUM_THREADS=1 $(RUN) pytest --numprocesses auto --dist worksteal
 
 lint: setup
 	.venv/bin/ruff check .

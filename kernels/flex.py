@@ -48,8 +48,10 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, layout: Layout) -> tuple[Te
         filled = [x.transpose(1, 2) for x in (ordered.q(q), ordered.kv(k), ordered.kv(v))]
         held = real_keys(plan, q.shape[2], plan.kv_block)
         if ordered.even:
-            none = plan.blocks.new_zeros(()).expand_as(plan.blocks)  # a list of its own: inductor mixes up shared ones
-            lists = (torch.zeros_like(plan.counts), none, plan.counts, plan.blocks)
+            # Both lists contiguous, in memory of their own: inductor mixes up shared ones, and one that it lays out
+            # itself may have other strides than the kernel reads the second list by.
+            blocks = plan.blocks.contiguous()
+            lists = (torch.zeros_like(plan.counts), torch.zeros_like(blocks), plan.counts, blocks)
         else:
             lists = split(plan.counts, plan.blocks, held, plan.kv_block)
         width = held.shape[-1]  # FlexAttention takes lists as wide as there are key blocks

@@ -136,6 +136,23 @@ def test_flex_on_a_cpu(name):
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_lists_for_flex_lie_as_its_kernel_reads_them(name, monkeypatch):
+    """One that inductor had to lay out had rows of another length on a GPU, and the kernel read beyond its end."""
+    seen = []
+
+    def attend(q, k, v, *, block_mask, **options):
+        seen.extend([block_mask.kv_indices, block_mask.full_kv_indices])
+        return (q, q[..., 0].float()) if GPU else q
+
+    monkeypatch.setattr("draftbench.kernels.flex._attend", attend)
+    layout, _, q, k, v, plan = inputs(*CASES[name], torch.float32)
+    run("flex")(q, k, v, plan, layout)
+    first, second = seen
+    assert first.is_contiguous() and second.is_contiguous() and first.shape == second.shape
+    assert first.data_ptr() != second.data_ptr()
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_pairs_are_those_of_the_lists(name):
     layout, _lengths, _, _, _, plan = inputs(*CASES[name], torch.float32)
     kept = video = 0

@@ -73,3 +73,16 @@ def test_headlines_clips_are_of_no_other_use():
     seeds = set(headline.seeds)
     assert len(seeds) == 2 and not seeds & {*range(check.Settings().seeds), *methods.seeds, *calibrated.seeds}
     assert not headline.latency.enabled and not headline.diagnostics
+
+
+@pytest.mark.parametrize("method", ["svg2", "xattention", "sparge", "jenga"])
+def test_headlines_knobs_are_calibrated(method):
+    """At every sparsity of the experiment, but for jenga's 95%, which is out of its reach."""
+    for sparsity in (0.5, 0.75, 0.9, 0.95)[: 3 if method == "jenga" else 4]:
+        with initialize_config_module("draftbench.conf", version_base="1.3"):
+            chosen = ["experiment=headline", "device=cpu", f"method={method}", f"sparsity={sparsity}"]
+            config = compose("config", chosen)
+        schema.check(config)
+        made = schema.method(config)
+        made.meet(schema.model(config), schema.parts(config))
+        assert made.calibrated["prompts"] and made.sparsity == sparsity
