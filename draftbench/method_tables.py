@@ -123,7 +123,7 @@ def _warmup(cells: Cells) -> list[Table]:
     """The pivot over warm-ups, if they vary."""
     if len({setting.warmup for setting, _ in cells}) < 2:
         return []
-    note = "One column a share of the first steps that is dense; each against the dense clip, of which it is a part."
+    note = "A column for each share of the steps, from the first, that stays dense; all against the same dense clips."
     return [_pivot(cells, "warmup", "warmup", note)]
 
 

@@ -140,6 +140,14 @@ class Contrasts:
 
 
 @dataclasses.dataclass
+class Frontier:
+    """The two files of records that the picture of quality over time joins."""
+
+    quality: Text
+    time: Text
+
+
+@dataclasses.dataclass
 class Tables:
     """The keys of draftbench.tables; conf/paper says what `paper` holds."""
 
@@ -150,6 +158,7 @@ class Tables:
     readme: Text
     check: Switch
     again: Mapping[str, Any]
+    frontier: Frontier
     contrasts: Contrasts
 
 

@@ -2,9 +2,9 @@
 
 For each file of records a Markdown page, and a CSV and a LaTeX file of each of its tables; a short form of it between
 the README's markers `<!-- table NAME -->` and `<!-- end -->`; a page for each paper of results/quoted; pictures of the
-attention benchmark in results/figures, which hold the digest of their records. `paper=NAME` prints one paper's page and
-writes nothing. Keys: conf/tables.yaml. Exit codes: 0; 1 if `--check` finds something out of date or
-a record is damaged, which no table has then; 2 if nothing was done.
+attention benchmark, and of quality over time, in results/figures, which hold the digest of their records. `paper=NAME`
+prints one paper's page and writes nothing. Keys: conf/tables.yaml. Exit codes: 0; 1 if `--check` finds something out of
+date or a record is damaged, which no table has then; 2 if nothing was done.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 
-from . import attention_tables, cli, contrasts, method_tables, paper_tables, rank_tables, records, schema
+from . import attention_tables, cli, contrasts, frontier, method_tables, paper_tables, rank_tables, records, schema
 from .help import CONFIGS
 from .tabular import Page
 
@@ -89,7 +89,30 @@ def _all(config: DictConfig) -> int:
             else:
                 attention_tables.figure(rows[pictures[path]], temporary, _digest(pictures[path]))
         print(path)
-    return max(_tell(damaged), int(bool(config.check and stale)))
+    late = _frontier(config, {source.stem: source for source in rows}, by_name)
+    return max(_tell(damaged), int(bool(config.check and (stale or late))))
+
+
+def _frontier(config: DictConfig, sources: dict[str, Path], rows: dict[str, Rows]) -> bool:
+    """Draw the picture of quality over time if it is out of date, or with check tell it; whether it was."""
+    names = str(config.frontier.quality), str(config.frontier.time)
+    if not set(names) <= set(rows):
+        return False
+    path = Path(config.figures) / f"{names[0]}_frontier.png"
+    digest = hashlib.sha256("".join(_digest(sources[name]) for name in names).encode()).hexdigest()
+    if _drawn_from(path) == digest:
+        return False
+    if config.check:
+        print(f"{path} is out of date; run `make tables`", file=sys.stderr)
+        return True
+    with records.replacing(path) as temporary:
+        frontier.figure(rows[names[0]], rows[names[1]], names, _rule(config), temporary, digest)
+    print(path)
+    return True
+
+
+def _rule(config: DictConfig) -> contrasts.Contrasts:
+    return contrasts.Contrasts(**OmegaConf.to_container(config.contrasts))  # type: ignore[arg-type]
 
 
 def _tell(damaged: list[str]) -> int:
@@ -105,7 +128,7 @@ def page(source: Path, rows: Rows, config: DictConfig, again: Sequence[dict[str,
         return attention_tables.page(rows, source.stem)
     notes = source.with_suffix(".diagnostics.json")
     found = json.loads(notes.read_text()) if notes.is_file() else []
-    rule = contrasts.Contrasts(**OmegaConf.to_container(config.contrasts))  # type: ignore[arg-type]
+    rule = _rule(config)
     made = method_tables.page(rows, source.stem, rule, found)
     return replace(made, parts=[*made.parts, rank_tables.ranks(rows, again, source.stem, rule)]) if again else made
 
