@@ -96,17 +96,18 @@ def sources(cells: Sequence[Row], times: Sequence[Row], shape: str, names: tuple
     grid = "x".join(map(str, cells[0]["grid"]))
     clips = len({(row["prompt"], row["seed"]) for row in cells})
     return (
-        f"{LABEL}: {cells[0]['model']} at {grid}, {clips} clips ({names[0]})",
-        f"ms of one attention call, plan and kernel: {shape} on {times[0]['device']} ({names[1]})",
+        f"{LABEL}: {cells[0]['model']} at {grid},\n{clips} clips ({names[0]})",
+        f"ms of one attention call, plan and kernel:\n{shape} on {times[0]['device']} ({names[1]})",
     )
 
 
 def _line(points: Sequence[Point]) -> Mapping[str, Any]:
     """x, y and their error bars."""
     x, y = [point.ms[1] for point in points], [point.quality.mean for point in points]
-    ends = [(p.quality.low, p.quality.high) if p.quality.low is not None else (p.quality.mean,) * 2 for p in points]
+    low, high = ([p.quality.mean if end is None else end for p, end in zip(points, ends, strict=True)] for ends in
+                 ([p.quality.low for p in points], [p.quality.high for p in points]))  # fmt: skip
     return {
         "x": x, "xerr": [[p.ms[1] - p.ms[0] for p in points], [p.ms[2] - p.ms[1] for p in points]],
-        "y": y, "yerr": [[m - low for m, (low, _) in zip(y, ends, strict=True)],
-                         [high - m for m, (_, high) in zip(y, ends, strict=True)]],
+        "y": y, "yerr": [[m - end for m, end in zip(y, low, strict=True)],
+                         [end - m for m, end in zip(y, high, strict=True)]],
     }  # fmt: skip
