@@ -2,8 +2,8 @@
 
 bench=attention (attention_bench.py) times one attention call, bench=step (step_bench.py) a denoising step of a whole
 model, bench=methods (method_bench.py) what each method's estimate costs. Rows are appended to the run's folder as they
-come. Exit codes: 0; 1 if a row or the run failed or a row lacks what it is compared with; 2 if nothing was run; 130 if
-interrupted.
+come. Exit codes: 0; 1 if a row or the run failed, no contestant can run here or a row lacks what it is compared with; 2
+if nothing was run; 130 if interrupted.
 """
 
 from __future__ import annotations
@@ -63,6 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = [row for row in bench.rows if row["status"].startswith("failed")]
     if failed:
         _say(f"{len(failed)} of {len(bench.rows)} rows failed")
+    if bench.rows and not code and all(row["status"].startswith("absent") for row in bench.rows):
+        reasons = [
+            f"{row.get('contestant') or row['method']}: {row['status'].removeprefix('absent: ')}" for row in bench.rows
+        ]
+        _say(f"no contestant can run here: {'; '.join(dict.fromkeys(reasons))}")
+        code = 1
     lacking = [row for row in bench.rows if row["status"] == "ok" and kind.lacks(row)]
     if lacking:
         _say(f"{len(lacking)} of {len(bench.rows)} rows lack their dense time or their parts")

@@ -33,9 +33,8 @@ def estimate(by_prompt: Mapping[str, Sequence[float]], draws: int, seed: int) ->
     values = np.concatenate(groups)
     if len(values) == 1:
         return Estimate(float(values[0]), None, None, None)
-    counts = _counts(tuple(map(len, groups)), draws, seed)
-    chunks = [counts[i : i + _CHUNK].astype(float) for i in range(0, draws, _CHUNK)]
-    means = np.concatenate([chunk @ values / chunk.sum(1) for chunk in chunks])
+    counts, drawn = _counts(tuple(map(len, groups)), draws, seed)
+    means = counts @ values / drawn
     low, high = np.quantile(means, [0.025, 0.975])
     tail = min((means <= 0).sum(), (means >= 0).sum())
     return Estimate(float(values.mean()), float(low), float(high), min(1.0, 2 * float(1 + tail) / (1 + draws)))
@@ -50,13 +49,16 @@ def holm(p: Sequence[float]) -> list[float]:
     return corrected
 
 
-@lru_cache(maxsize=4)
-def _counts(sizes: tuple[int, ...], draws: int, seed: int) -> np.ndarray:
-    """How often each clip is in each draw, [draws, clips]; sizes: the clips of each prompt, which lie together."""
+@lru_cache(maxsize=2)
+def _counts(sizes: tuple[int, ...], draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each clip is in each draw, [draws, clips], and how many each draw has; float64, for a product.
+
+    sizes: the clips of each prompt, which lie together.
+    """
     rng = np.random.default_rng(seed)
     groups, clips = np.array(sizes), sum(sizes)
     starts, most = np.cumsum(groups) - groups, groups.max()
-    counts = np.empty((draws, clips), np.uint16)
+    counts = np.empty((draws, clips))
     for first in range(0, draws, _CHUNK):
         n = min(_CHUNK, draws - first)
         prompts = rng.integers(len(groups), size=(n, len(groups)))
@@ -65,4 +67,4 @@ def _counts(sizes: tuple[int, ...], draws: int, seed: int) -> np.ndarray:
         live = np.arange(most) < size  # as many clips of a prompt as it has
         at = (np.arange(n)[:, None, None] * clips + drawn)[live]
         counts[first : first + n] = np.bincount(at, minlength=n * clips).reshape(n, clips)
-    return counts
+    return counts, counts.sum(1)

@@ -225,8 +225,14 @@ def _check_models(configs: list[DictConfig]) -> None:
 
 
 def _claim(jobs: Jobs) -> None:
-    """Make the output folder, write to it for a try, and forget the failures of an earlier run of the same jobs."""
+    """Make the output folder and the cache, try to write there, forget the failures of an earlier run of these jobs."""
     given = jobs.root
+    for cache in sorted({str(config.cache) for config in jobs.configs}):
+        try:
+            Path(cache).expanduser().mkdir(parents=True, exist_ok=True)
+            _try(Path(cache).expanduser(), 1)
+        except OSError as error:
+            raise OSError(f"cache must be a folder that can be written, got {cache}: {error.strerror}") from error
     try:
         for number in itertools.count(2):
             try:
@@ -236,16 +242,21 @@ def _claim(jobs: Jobs) -> None:
                 if not jobs.fresh:
                     raise
                 jobs.root = given.with_name(f"{given.name}_{number}")
-        probe = jobs.root / f".draftbench-{os.getpid()}"
-        try:
-            probe.write_bytes(bytes(2**20))
-        finally:
-            probe.unlink(missing_ok=True)
+        _try(jobs.root, 2**20)
         for folder in jobs.folders:
             (folder / ERROR).unlink(missing_ok=True)
     except OSError as error:
         reason = error.strerror or error
         raise OSError(f"{jobs.key} must be a folder that can be written, got {jobs.root}: {reason}") from error
+
+
+def _try(folder: Path, size: int) -> None:
+    """Write `size` bytes to a folder and delete them; OSError if it cannot be."""
+    probe = folder / f".draftbench-{os.getpid()}"
+    try:
+        probe.write_bytes(bytes(size))
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def gather(jobs: Jobs) -> int:
@@ -322,6 +333,10 @@ def message(error: BaseException, overrides: Sequence[str] = (), name: str = "co
         return f"{key} is in the config already: write {key}=VALUE without the +"
     if launcher := re.search(r"Could not find 'hydra/launcher/((\w+?)(_\w+)?)'", text):
         return f"launcher={launcher[1]} needs its plugin: pip install 'draftbench[{launcher[2]}]'"
+    if absent := re.search(
+        r"Could not find '(\w+)/([^']*)' Available options in '[^']*': (.*?)( Config search|$)", text
+    ):
+        return f"{absent[1]} must be one of {', '.join(absent[3].split())}, got {absent[2]!r}"
     if isinstance(error, HydraException):
         return text.partition(" Config search path:")[0]
     if isinstance(error, OSError) and error.strerror and str(error).startswith("[Errno"):

@@ -145,13 +145,22 @@ def write(record: Mapping[str, Any], path: Path | str) -> None:
 
 
 def append(record: Mapping[str, Any], path: Path | str) -> None:
-    """Add one record as a line, on disk when this returns; OSError naming the path, ValueError for NaN."""
-    line = json.dumps(record, sort_keys=True, allow_nan=False) + "\n"
+    """Add one record as a line, on disk when this returns; OSError naming the path, ValueError for NaN.
+
+    What a full disk took of a line is taken back, so that a later one does not run on from it.
+    """
+    line = (json.dumps(record, sort_keys=True, allow_nan=False) + "\n").encode()
     try:
-        with Path(path).open("a", encoding="utf-8") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        with Path(path).open("ab", buffering=0) as file:
+            before = os.fstat(file.fileno()).st_size
+            try:
+                while line:
+                    line = line[file.write(line) :]
+                os.fsync(file.fileno())
+            except OSError:
+                with suppress(OSError):
+                    file.truncate(before)
+                raise
     except OSError as error:
         raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
 
@@ -283,7 +292,8 @@ def _order(record: Mapping[str, Any]) -> list[Any]:
     return [(value is not None, 0 if value is None else value) for value in values]
 
 
-def _main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> int:
+    """The command line; 2, and a line on stderr, if nothing was promoted."""
     parser = argparse.ArgumentParser(prog="python -m draftbench.records", description="Work with records.")
     command = parser.add_subparsers(required=True, metavar="COMMAND").add_parser(
         "promote", help="gather run folders into results/records"
@@ -298,10 +308,12 @@ def _main(arguments: list[str]) -> None:
         target = promote(**options)
         records = read_all([target])
     except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
+        print(f"draftbench: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+        return 2
     failed, absent = (sum(str(record["status"]).startswith(why) for record in records) for why in ("failed", "absent"))
     print(f"{target}: {len(records)} records, {failed} failed" + (f", {absent} absent" if absent else ""))
+    return 0
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -288,7 +288,7 @@ class Job:
         values: dict[str, Any] = {name: functions[name](a, b) for name in self.config.metrics}
         quality = getattr(self.model, "quality", None)
         if quality is not None:
-            values["quality"] = {"method": quality(clip.frames, prompt), "dense": quality(dense, prompt)}
+            values["quality"] = {"method": quality(a, prompt), "dense": quality(b, prompt)}
         return values | self.counted(clip) | {"frames_sha256": digest(clip.frames)}
 
     def counted(self, clip: Clip) -> dict[str, Any]:

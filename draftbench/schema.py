@@ -167,6 +167,14 @@ class Contrasts:
 
 
 @dataclasses.dataclass
+class Frontier:
+    """The two files of records that the picture of quality over time joins."""
+
+    quality: Text
+    time: Text
+
+
+@dataclasses.dataclass
 class Tables:
     """The keys of draftbench.tables; conf/paper says what `paper` holds."""
 
@@ -176,6 +184,8 @@ class Tables:
     figures: Text
     readme: Text
     check: Switch
+    again: Mapping[str, Any]
+    frontier: Frontier
     contrasts: Contrasts
 
 

@@ -24,7 +24,7 @@ def means(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row for each device, versions, model, method, sparsity and variant, the dense baseline of a model first.
 
     A row has those, n (ok cells) and the mean of each of MEASURES over the cells that have it, else None. The variant
-    holds the settings, executor, grid and steps. Cells that failed are left out.
+    holds the settings, executor, grid, steps, weights and what stays dense. Cells that failed are left out.
     """
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = defaultdict(list)
     for record in records:
@@ -49,7 +49,9 @@ def _group(record: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _variant(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {**(record["method_settings"] or {}), **{name: record[name] for name in ("executor", "grid", "steps")}}
+    variant = {**(record["method_settings"] or {}), **{name: record[name] for name in ("executor", "grid", "steps")}}
+    dense = {f"dense.{name}": value for name, value in (record.get("dense") or {}).items()}
+    return variant | dense | {"weights": str(record.get("weights_hash"))[:12]}
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:

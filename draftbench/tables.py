@@ -2,9 +2,9 @@
 
 For each file of records a Markdown page, and a CSV and a LaTeX file of each of its tables; a short form of it between
 the README's markers `<!-- table NAME -->` and `<!-- end -->`; a page for each paper of results/quoted; pictures of the
-benchmarks in results/figures, which hold the digest of their records. `paper=NAME` prints one paper's page and
-writes nothing. Keys: conf/tables.yaml. Exit codes: 0; 1 if `--check` finds something out of date or
-a record is damaged, which no table has then; 2 if nothing was done.
+benchmarks, and of quality over time, in results/figures, which hold the digest of their records. `paper=NAME` prints one
+paper's page and writes nothing. Keys: conf/tables.yaml. Exit codes: 0; 1 if `--check` finds something out of date or a
+record is damaged, which no table has then; 2 if nothing was done.
 """
 
 from __future__ import annotations
@@ -14,18 +14,23 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 
-from . import attention_tables, cli, method_tables, paper_tables, records, schema, step_tables
+from . import (
+    attention_tables, cli, contrasts, estimate_tables, frontier, method_tables, paper_tables, rank_tables, records,
+    schema, step_tables,
+)  # fmt: skip
 from .help import CONFIGS
 from .tabular import Page
 
 Rows = list[dict[str, Any]]
-DRAWN: dict[str, Any] = {"attention": attention_tables, "step": step_tables}  # by the kind of records: those of benches
+# By the kind of records: those of benches.
+DRAWN: dict[str, Any] = {"attention": attention_tables, "methods": estimate_tables, "step": step_tables}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,14 +71,16 @@ def _all(config: DictConfig) -> int:
     damaged: list[str] = []
     rows = {source: found for source in sources if (found := records.read_all([source], damaged))}
     everything = [row for group in rows.values() for row in group]
-    pages = [page(source, group, config) for source, group in rows.items()]
+    by_name = {source.stem: group for source, group in rows.items()}
+    again = {name: by_name[other] for name, other in config.again.items() if other in by_name}
+    pages = [page(source, group, config, again.get(source.stem, [])) for source, group in rows.items()]
     pages += [_paper(path.stem, config, everything) for path in sorted(Path(config.quoted).glob("*.csv"))]
     out = Path(config.out)
     files = {out / name: text for made in pages for name, text in made.files().items()}
     if len({made.name for made in pages}) < len(pages):
         raise ValueError("two pages have one name: rename a file of records or of quoted numbers")
     if (readme_path := Path(config.readme)).is_file():
-        files[readme_path] = readme(readme_path.read_text(), {source.stem: short(g) for source, g in rows.items()})
+        files[readme_path] = readme(readme_path.read_text(), {name: short(group) for name, group in by_name.items()})
     pictures = {Path(config.figures) / f"{s.stem}.png": s for s, group in rows.items() if _kind(group) in DRAWN}
     stale = [path for path, source in pictures.items() if _drawn_from(path) != _digest(source)]
     stale += [path for path, text in files.items() if not path.is_file() or path.read_text() != text]
@@ -88,7 +95,30 @@ def _all(config: DictConfig) -> int:
                 group = rows[pictures[path]]
                 DRAWN[_kind(group)].figure(group, temporary, _digest(pictures[path]))
         print(path)
-    return max(_tell(damaged), int(bool(config.check and stale)))
+    late = _frontier(config, {source.stem: source for source in rows}, by_name)
+    return max(_tell(damaged), int(bool(config.check and (stale or late))))
+
+
+def _frontier(config: DictConfig, sources: dict[str, Path], rows: dict[str, Rows]) -> bool:
+    """Draw the picture of quality over time if it is out of date, or with check tell it; whether it was."""
+    names = str(config.frontier.quality), str(config.frontier.time)
+    if not set(names) <= set(rows):
+        return False
+    path = Path(config.figures) / f"{names[0]}_frontier.png"
+    digest = hashlib.sha256("".join(_digest(sources[name]) for name in names).encode()).hexdigest()
+    if _drawn_from(path) == digest:
+        return False
+    if config.check:
+        print(f"{path} is out of date; run `make tables`", file=sys.stderr)
+        return True
+    with records.replacing(path) as temporary:
+        frontier.figure(rows[names[0]], rows[names[1]], names, _rule(config), temporary, digest)
+    print(path)
+    return True
+
+
+def _rule(config: DictConfig) -> contrasts.Contrasts:
+    return contrasts.Contrasts(**OmegaConf.to_container(config.contrasts))  # type: ignore[arg-type]
 
 
 def _tell(damaged: list[str]) -> int:
@@ -98,15 +128,16 @@ def _tell(damaged: list[str]) -> int:
     return int(bool(damaged))
 
 
-def page(source: Path, rows: Rows, config: DictConfig) -> Page:
-    """The page of a file of records, with the diagnostics beside it if there are any."""
+def page(source: Path, rows: Rows, config: DictConfig, again: Sequence[dict[str, Any]] = ()) -> Page:
+    """The page of a file of records, with the diagnostics beside it and the ranks in the file `again`, if any."""
     if bench := DRAWN.get(_kind(rows)):
         made: Page = bench.page(rows, source.stem)
         return made
     notes = source.with_suffix(".diagnostics.json")
     found = json.loads(notes.read_text()) if notes.is_file() else []
-    rule = method_tables.Contrasts(**OmegaConf.to_container(config.contrasts))  # type: ignore[arg-type]
-    return method_tables.page(rows, source.stem, rule, found)
+    rule = _rule(config)
+    made = method_tables.page(rows, source.stem, rule, found)
+    return replace(made, parts=[*made.parts, rank_tables.ranks(rows, again, source.stem, rule)]) if again else made
 
 
 def short(rows: Rows) -> str:
@@ -116,12 +147,13 @@ def short(rows: Rows) -> str:
 
 
 def readme(text: str, tables: dict[str, str]) -> str:
-    """`text` with what stands between each pair of markers replaced; an unknown name raises ValueError."""
+    """`text` with what stands between each pair of markers replaced: by nothing, and that is told, without records."""
 
     def fill(match: re.Match[str]) -> str:
         if match[1] not in tables:
-            raise ValueError(f"README: there are no records for the table {match[1]!r}")
-        return f"<!-- table {match[1]} -->\n{tables[match[1]]}\n<!-- end -->"
+            print(f"README: there are no records for the table {match[1]!r} yet; it is left empty", file=sys.stderr)
+        table = tables.get(match[1], "")
+        return "\n".join([f"<!-- table {match[1]} -->", *([table] if table else []), "<!-- end -->"])
 
     return re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
 

@@ -308,6 +308,16 @@ def test_lying_absent_and_crashing_contestants(monkeypatch, tmp_path, capsys):
     assert "- lying: failed: ValueError: wrong output" in text and "| lying |" not in text
 
 
+def test_nothing_but_absent_contestants_is_a_failure_with_the_reason(monkeypatch, tmp_path, capsys):
+    def missing(case):
+        peers.need("no_such_module", "no-such-package")
+
+    monkeypatch.setattr(peers, "PEERS", (*peers.PEERS, Contestant("gone", "dense", missing, "gone", "cpu")))
+    argv = [*FAST, "bench.contestants=[gone]", f"hydra.run.dir={tmp_path / 'run'}"]
+    assert bench.main(argv) == 1
+    assert "no contestant can run here: gone: package no-such-package is not installed" in capsys.readouterr().err
+
+
 def test_what_was_computed_is_kept_when_interrupted(monkeypatch, tmp_path, capsys):
     def stop(case):
         raise KeyboardInterrupt
@@ -321,7 +331,7 @@ def test_what_was_computed_is_kept_when_interrupted(monkeypatch, tmp_path, capsy
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("bench=foo", "Available options in 'bench': attention"),
+        ("bench=foo", "bench must be one of attention, got 'foo'"),
         ("bench.shape=[x]", "unknown key bench.shape=[x]; did you mean bench.shapes?"),
         ("+extra=1", "unknown key extra=1"),
         ("bench.shapes=[x]", "bench.shapes must be one of all, hunyuan_768p, "),

@@ -46,7 +46,8 @@ def test_seeds_of_one_prompt_are_no_new_evidence_about_prompts():
 
 def test_every_draw_takes_whole_prompts_with_as_many_clips_as_they_have():
     sizes = (3, 1, 2)
-    counts = _counts(sizes, 1001, 0)
+    counts, drawn = _counts(sizes, 1001, 0)
+    assert (drawn == counts.sum(1)).all()
     bounds = np.cumsum((0, *sizes))
     by_prompt = np.stack([counts[:, a:b].sum(1) for a, b in itertools.pairwise(bounds)], 1)
     times = by_prompt / sizes

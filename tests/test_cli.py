@@ -277,13 +277,22 @@ def test_an_output_folder_that_cannot_be_made(jobs, capsys, argv):
 
 
 def test_a_full_disk_is_noticed_before_work(jobs, capsys, monkeypatch):
-    def full(path, data):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def full(path, data, write=Path.write_bytes):
+        if path.parent.name == "out":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, data)
 
     monkeypatch.setattr(Path, "write_bytes", full)
     text = fails(capsys, ["hydra.run.dir=out"])
     assert text == "hydra.run.dir must be a folder that can be written, got out: No space left on device"
     assert not jobs and not list(Path("out").iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_noticed_before_work(jobs, capsys):
+    Path("file").touch()
+    text = fails(capsys, ["cache=file/x", "hydra.run.dir=out"])
+    assert text == "cache must be a folder that can be written, got file/x: Not a directory"
+    assert not jobs and not Path("out").exists()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

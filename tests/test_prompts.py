@@ -4,6 +4,8 @@ import pytest
 from hydra import compose, initialize_config_module
 
 from draftbench import schema
+from draftbench.models.pocket import check
+from draftbench.models.pocket.prompts import MOTIONS, SCENES, sentence
 from draftbench.prompts import SUITES, expand, suites
 
 
@@ -51,3 +53,36 @@ def test_configs_take_all_three(tmp_path):
     path.write_text("text\n")
     with pytest.raises(ValueError, match=r"prompts must be a non-empty list .* got \[\]"):
         prompts(f"'{path}:text'")
+
+
+def test_pockets_suite_is_all_that_calibrations_leave():
+    with initialize_config_module("draftbench.conf", version_base="1.3"):
+        used = set(compose("calibrate").prompts)
+    everything = {sentence(motion, scene) for motion in range(len(MOTIONS)) for scene in range(len(SCENES))}
+    assert set(expand("pocket")) == everything - used and len(used) == 4
+
+
+def test_headlines_clips_are_of_no_other_use():
+    with initialize_config_module("draftbench.conf", version_base="1.3"):
+        headline, methods, calibrated = (
+            compose(name, chosen)
+            for name, chosen in (
+                ("config", ["experiment=headline"]), ("config", ["experiment=pocket_methods"]), ("calibrate", []),
+            )
+        )  # fmt: skip
+    seeds = set(headline.seeds)
+    assert len(seeds) == 2 and not seeds & {*range(check.Settings().seeds), *methods.seeds, *calibrated.seeds}
+    assert not headline.latency.enabled and not headline.diagnostics
+
+
+@pytest.mark.parametrize("method", ["svg2", "xattention", "sparge", "jenga"])
+def test_headlines_knobs_are_calibrated(method):
+    """At every sparsity of the experiment, but for jenga's 95%, which is out of its reach."""
+    for sparsity in (0.5, 0.75, 0.9, 0.95)[: 3 if method == "jenga" else 4]:
+        with initialize_config_module("draftbench.conf", version_base="1.3"):
+            chosen = ["experiment=headline", "device=cpu", f"method={method}", f"sparsity={sparsity}"]
+            config = compose("config", chosen)
+        schema.check(config)
+        made = schema.method(config)
+        made.meet(schema.model(config), schema.parts(config))
+        assert made.calibrated["prompts"] and made.sparsity == sparsity

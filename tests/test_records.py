@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -180,16 +181,19 @@ def test_promote_sorts_keeps_failures_and_takes_the_last_run_of_a_cell(tmp_path,
         record(cell_id="a", sparsity=0.75, status="failed: killed", timestamp="2026-01-03T00:00:00+00:00"),
         record(cell_id="d", method="dense", sparsity=None),
     )
-    records._main(["promote", str(folder), "--name", "first", "--out", str(tmp_path / "out")])
+    assert records.main(["promote", str(folder), "--name", "first", "--out", str(tmp_path / "out")]) == 0
     assert "first.jsonl: 3 records, 1 failed" in capsys.readouterr().out
     lines = (tmp_path / "out" / "first.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert [(row["cell_id"], row["psnr_db"]) for row in rows] == [("d", None), ("a", 2.0), ("b", None)]
     assert rows[2]["status"] == "failed: no memory"
     assert lines == [json.dumps(row, sort_keys=True) for row in rows]
-    with pytest.raises(SystemExit, match=r"first\.jsonl exists; replace it with --force"):
-        records._main(["promote", str(folder), "--name", "first", "--out", str(tmp_path / "out")])
-    records._main(["promote", str(folder), "--name", "first", "--out", str(tmp_path / "out"), "--force"])
+    again = ["promote", str(folder), "--name", "first", "--out", str(tmp_path / "out")]
+    assert records.main(again) == 2
+    assert re.match(r"draftbench: \S+first\.jsonl exists; replace it with --force\n$", capsys.readouterr().err)
+    assert records.main([*again, "--force"]) == 0
+    assert records.main(["promote", str(tmp_path / "none"), "--name", "x"]) == 2
+    assert capsys.readouterr().err == f"draftbench: no such run folder or record: {tmp_path / 'none'}\n"
 
 
 @pytest.mark.parametrize("dirty", [True, None])

@@ -85,6 +85,13 @@ def test_timings_are_of_both_and_divide_by_this_process_dense_one(job):
     assert baseline["kind"] == "baseline" and baseline["baseline_id"] == row["baseline_id"]
 
 
+def test_without_latency_nothing_is_timed_or_warmed_up(job, monkeypatch):
+    for name in ("time", "sparse_step"):
+        monkeypatch.setattr(run.Job, name, lambda *_: pytest.fail("a pass for the clock"))
+    (row,) = job("method=draft")
+    assert {row[name] for name in ("generate_s", "latency", "parts_ms", "baseline_id")} == {None}
+
+
 def test_dense_is_itself(job):
     (row,) = job("method=dense")
     assert (row["psnr_db"], row["sparsity_achieved"], row["density_effective"]) == (100, 0, 1)

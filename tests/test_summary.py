@@ -42,6 +42,16 @@ def test_table_mixes_neither_machines_nor_settings():
     assert "sparsity=None" not in summary.table([row(sparsity=None, method="dense"), row()])
 
 
+def test_table_mixes_neither_warm_ups_nor_weights():
+    def dense(steps):
+        return {"steps": steps, "timestep": None, "layers": 0}
+
+    rows = [row(psnr_db=1.0, dense=dense(0.0)), row(psnr_db=2.0, dense=dense(0.25)), row(psnr_db=3.0, weights_hash="b")]
+    assert sorted(group["psnr_db"] for group in summary.means(rows)) == [1.0, 2.0, 3.0]
+    text = summary.table(rows[:2])
+    assert "dense.steps=0.25" in text and "dense.layers" not in text
+
+
 def test_table_lists_what_failed():
     text = summary.table([row(), row(status="failed: out of memory", seed=3)])
     assert text.endswith("failed: out of memory (pocket draft sparsity 0.9, prompt 'turn left', seed 3)")

@@ -1,4 +1,4 @@
-"""Tables from records: intervals, paired contrasts, what may not be mixed, and the committed ones."""
+"""Tables from records: intervals, paired contrasts, warm-ups, ranks, what may not be mixed, and the committed ones."""
 
 import json
 import time
@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from draftbench import method_tables, records, tables
+from draftbench import contrasts, method_tables, rank_tables, records, tables
 
-RULE = method_tables.Contrasts(("random", "draft"), ("psnr_db", "ssim", "lpips"), 2000, 0)
+RULE = contrasts.Contrasts(("random", "draft"), ("psnr_db", "ssim", "lpips"), 2000, 0)
 ROOT = Path(__file__).parent.parent
 COMMITTED = sorted((ROOT / "results" / "records").glob("*.jsonl"))
 
@@ -44,21 +44,11 @@ def test_the_table_has_means_over_clips():
     rows = [row(seed=0, psnr=30.0), row(seed=1, psnr=34.0), row("dense", 0.0, psnr=100.0)]
     text = markdown(rows, "some")
     assert line(text, "| 0.75 | draft | 2") == [
-        *(
-            "0.75",
-            "draft",
-            "2",
-            "0.750",
-            "0.400",
-            "32.00 +- 2.83",
-            "0.640 +- 0.057",
-            "0.320 +- 0.028",
-            "0.00",
-            "1.00",
-            "2.00",
-        ),
-        *("1.50", "2.50"),
-    ]
+        "0.75", "draft", "2", "0.750", "0.400", "32.00 [30.00, 34.00]", "0.640 [0.600, 0.680]", "0.320 [0.300, 0.340]",
+        "0.00", "1.00", "2.00", "1.50", "2.50",
+    ]  # fmt: skip
+    assert line(text, "| 0.75 | draft | 30.0")[2] == "30.0 / 30.4 / 32.0 / 33.6 / 34.0 (2.8)"
+    assert "Pocket's numbers are no evidence about larger models." in text
     assert text.index("| dense |") < text.index("| draft |")
     assert "The dense clips: motion 1.00, scene 1.00." in text
     assert "pocket, token grid 8x16x24, weights `aaaaaaaaaaaa`, on one H100, torch 2.13, commit `cccccccccccc`" in text
@@ -101,20 +91,59 @@ def test_a_method_that_failed_is_shown_with_its_reason():
 def test_what_was_not_measured_is_a_dash():
     pairs = [row(method, seed=seed, psnr=20.0) for method in ("random", "draft") for seed in (0, 1)]
     text = markdown([r | {"psnr_db": None, "lpips": None} for r in pairs], "some")
-    assert line(text, "| 0.75 | draft | 2")[5:8] == ["-", "0.400 +- 0.000", "-"]
+    assert line(text, "| 0.75 | draft | 2")[5:8] == ["-", "0.400 [0.400, 0.400]", "-"]
     minus_random = text.split("## Minus ")[1]
     assert line(minus_random, "| 0.75 | draft")[2:] == ["-", "-", "+0.000 [+0.000, +0.000]", "1", "-", "-"]
 
 
-def test_the_readme_is_filled_between_its_markers():
+def test_without_timings_no_column_speaks_of_time():
+    unmeasured = dict.fromkeys(("generate_s", "speedup_generate", "speedup_attention"))
+    text = markdown([row(**unmeasured), row(seed=1, **unmeasured)], "some")
+    assert len(line(text, "| 0.75 | draft | 2")) == 10 and "nothing was timed" in text and "speed-up" not in text
+
+
+def at(warmup, **values):
+    return row(sparsity=0.9, dense={"steps": warmup, "timestep": None, "layers": 0}, **values)
+
+
+def test_warm_ups_have_a_column_each_and_no_mean_over_them():
+    levels = {"draft": 20.0, "random": 10.0}
+    rows = [at(w, method=m, seed=s, psnr=levels[m] + 100 * w) for w in (0.0, 0.25) for m in levels for s in (0, 1)]
+    text = markdown(rows, "some")
+    pivot = text.split("## By dense first steps")[1].split("## ")[0]
+    assert "| PSNR dB / LPIPS (clips) | 0% | 25% |" in pivot
+    assert line(pivot, "| `draft`") == ["`draft`", "20.0 / 0.200 (2)", "45.0 / 0.450 (2)"]
+    assert line(text, "| 25% | 0.9 | draft | 2")[6] == "45.00 [45.00, 45.00]"
+    minus_random = text.split("## Minus random")[1]
+    assert line(minus_random, "| 0% | 0.9 | draft")[3].startswith("+10.000")  # paired within a warm-up
+    assert tables.short(rows).startswith("| PSNR dB / LPIPS (clips) | 0% | 25% |")
+    other = at(0.25, seed=2) | {"dense": {"steps": 0.25, "timestep": None, "layers": 2}}
+    with pytest.raises(ValueError, match="rows with different dense share no table"):
+        markdown([*rows, other], "some")
+    settings = {0.0: {"knob": 1.0}, 0.25: {"knob": 2.0}}  # as a calibrated one has
+    assert markdown([r | {"method_settings": settings[r["dense"]["steps"]]} for r in rows], "some") == text
+
+
+def test_calibrated_clips_are_not_those_of_the_table():
+    def calibrated(prompts):
+        of = {"value": 0.5, "achieved": 0.75, "prompts": prompts, "seeds": [0, 7]}
+        return row("svg2", method_settings={"calibrated": of})
+
+    text = markdown([calibrated(["step left"])], "some")
+    assert "Calibrated on 1 prompts x 2 seeds that are not among the clips here: svg2." in text
+    with pytest.raises(ValueError, match="svg2 was calibrated on clips of this table, as "):
+        markdown([calibrated(["turn left"])], "some")
+
+
+def test_the_readme_is_filled_between_its_markers(capsys):
     text = "before\n<!-- table a -->\nold\n<!-- end -->\nafter\n"
     rows = [row(psnr=30.0), row(seed=1, psnr=32.0), row("dense", 0.0, psnr=100.0), row("sta", 0.9, psnr=20.0)]
     filled = tables.readme(text, {"a": tables.short(rows)})
     assert filled.startswith("before\n<!-- table a -->\n| PSNR dB / LPIPS (clips) | 75% | 90% |\n")
     assert line(filled, "| `draft`") == ["`draft`", "31.0 / 0.310 (2)", "-"] and "`dense`" not in filled
     assert filled.endswith("\n<!-- end -->\nafter\n") and tables.readme(filled, {"a": tables.short(rows)}) == filled
-    with pytest.raises(ValueError, match="no records for the table 'a'"):
-        tables.readme(text, {})
+    assert tables.readme(filled, {}) == "before\n<!-- table a -->\n<!-- end -->\nafter\n" == tables.readme(text, {})
+    assert "there are no records for the table 'a' yet" in capsys.readouterr().err
 
 
 def test_the_command_writes_checks_and_says_what_is_stale(tmp_path, capsys):
@@ -147,7 +176,7 @@ def test_a_damaged_row_is_named_and_the_others_have_their_tables(tmp_path, capsy
     assert tables.main(keys) == 1 == tables.main([*keys, "--check"])
     error = capsys.readouterr().err
     assert "some.jsonl, line 3, is not a draftbench record" in error and "none.jsonl, line 1" in error
-    assert line((tmp_path / "out" / "some.md").read_text(), "| 0.75 | draft | 2")[5] == "30.50 +- 0.71"
+    assert line((tmp_path / "out" / "some.md").read_text(), "| 0.75 | draft | 2")[5] == "30.50 [30.00, 31.00]"
 
 
 def test_ten_thousand_records_take_less_than_ten_seconds(tmp_path):
@@ -173,7 +202,7 @@ def test_ten_thousand_records_take_less_than_ten_seconds(tmp_path):
         ("recrods=x", "unknown key recrods=x; did you mean records?"),
         ("contrasts.draws=9", "contrasts.draws must be an integer of at least 1000, got 9"),
         ("contrasts.metrics=[psnr]", "contrasts.metrics must be a list of psnr_db, ssim, lpips, each once, got 'psnr'"),
-        ("paper=nope", "paper"),
+        ("paper=nope", "paper must be one of draft_attention, got 'nope'"),
     ],
 )
 def test_bad_keys_are_refused_in_a_line(argument, message, capsys):
@@ -214,3 +243,69 @@ def test_oracle_recalls_the_most():
         for level in {note["sparsity"] for note in notes if note["method"] == "oracle"}:
             masses = {note["method"]: note["mean"]["mass"] for note in notes if note["sparsity"] == level}
             assert max(masses, key=masses.get) == "oracle" and masses["draft"] > masses["random"]
+
+
+FIRST = {"draft": 30.0, "random": 20.0, "sta": 25.0}
+AGAIN = {"draft": 28.0, "random": 19.0, "sta": 29.0}
+
+
+def trained(means, weights="a", levels=(0.75,), **values):
+    found = [row("dense", 0.0, psnr=100.0, seed=seed, weights_hash=weights * 64, **values) for seed in (0, 1)]
+    for level in levels:
+        for method, psnr in means.items():
+            cells = {"weights_hash": weights * 64, "lpips": 1 / psnr, "ssim": 0.5, **values}
+            found += [row(method, level, seed=seed, psnr=psnr, **cells) for seed in (0, 1)]
+    return found
+
+
+def ranked(first, again):
+    return rank_tables.ranks(first, again, "some", RULE)
+
+
+def test_a_rank_that_changes_is_marked():
+    text = ranked(trained(FIRST), trained(AGAIN, "b")).markdown()
+    assert line(text, "| 0.75 | draft")[2:4] == ["30.00 / 28.00", "1 -> 2 *"]
+    assert line(text, "| 0.75 | sta")[3] == "2 -> 1 *" and line(text, "| 0.75 | random")[3] == "3"
+    assert line(text, "| 0.75 | draft")[7] == "1 -> 2 *"  # of LPIPS, where less is better
+    assert "marked *: 4 of 9" in text and "dense |" not in text and "weights `bbbbbbbbbbbb`" in text
+
+
+def test_each_sparsity_has_ranks_of_its_own_and_what_one_file_lacks_is_in_none():
+    first = trained(FIRST | {"oracle": 40.0}, levels=(0.5, 0.9))
+    text = ranked(first, [*trained(AGAIN, "b", (0.9,)), *trained(FIRST, "b", (0.5,))]).markdown()
+    assert line(text, "| 0.5 | draft")[3] == "1" and line(text, "| 0.9 | draft")[3] == "1 -> 2 *"
+    assert "oracle" not in text
+
+
+def test_means_are_over_the_clips_that_both_have():
+    first = [*trained(FIRST), row("draft", seed=9, psnr=1000.0), row("sta", seed=9, status="failed: x")]
+    again = [*trained(AGAIN, "b"), row("sta", seed=9, psnr=1000.0, weights_hash="b" * 64)]
+    text = ranked(first, again).markdown()
+    assert line(text, "| 0.75 | draft")[2] == "30.00 / 28.00" and line(text, "| 0.75 | sta")[2] == "25.00 / 29.00"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"device": "H200"}, "some: ranks are compared at one device, not at 'H100' and 'H200'"),
+        ({"grid": [16, 32, 48]}, "some: ranks are compared at one grid"),
+        ({"weights_hash": "a" * 64}, "some: ranks are compared between two weights, and both have aaaa"),
+    ],
+)
+def test_what_must_be_the_same_is(change, message):
+    with pytest.raises(ValueError, match=message):
+        ranked(trained(FIRST), [one | change for one in trained(AGAIN, "b")])
+    ranked(trained(FIRST), [one | {"commit": "d" * 40} for one in trained(AGAIN, "b")])
+
+
+def test_the_page_has_ranks_once_the_second_file_is_there(tmp_path):
+    keys = [f"records={tmp_path / 'in'}", f"out={tmp_path / 'out'}", "readme=nowhere", "quoted=nowhere"]
+    for name, found in (("some", trained(FIRST)), ("other", trained(AGAIN, "b"))):
+        for number, one in enumerate(found):
+            records.write(one, tmp_path / name / f"record_{number}.json")
+        records.promote([tmp_path / name], name, tmp_path / "in", allow_dirty=True)
+        assert tables.main([*keys, "+again.some=other"]) == 0
+        text = (tmp_path / "out" / "some.md").read_text()
+        assert ("## Ranks on the model trained again" in text) == (name == "other")
+    assert "Ranks" not in (tmp_path / "out" / "other.md").read_text()
+    assert (tmp_path / "out" / "some.ranks.csv").is_file()

@@ -1,0 +1,104 @@
+"""Paired contrasts between methods at a setting: which there are is settled in conf/tables.yaml, before the runs.
+
+Pairs have one prompt, seed and noise; Holm's correction is over all contrasts of a page.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+from .bootstrap import Estimate, estimate, holm
+from .tabular import Column, Table
+
+Row: TypeAlias = dict[str, Any]
+METRICS = {"psnr_db": "PSNR dB", "ssim": "SSIM", "lpips": "LPIPS"}
+
+
+class Setting(NamedTuple):
+    """What sets rows of a method apart within a table; no mean is taken over different ones."""
+
+    warmup: float | None  # share of the steps, from the first, that is dense
+    sparsity: float
+
+    @classmethod
+    def of(cls, row: Row) -> Setting:
+        """The setting of a record."""
+        return cls((row.get("dense") or {}).get("steps"), row["sparsity"])
+
+
+Cells: TypeAlias = dict[tuple[Setting, str], list[Row]]  # by setting and method
+
+
+@dataclass(frozen=True)
+class Contrasts:
+    """Each method minus each of `against`, on each of `metrics`; how often and from where the bootstrap draws."""
+
+    against: Sequence[str]
+    metrics: Sequence[str]
+    draws: int
+    seed: int
+
+
+def labels(cells: Cells) -> dict[str, Column]:
+    """The columns that tell a table's rows apart: the warm-up only where it varies."""
+    varies = len({setting.warmup for setting, _ in cells}) > 1
+    found: dict[str, Column] = {"dense steps": "{warmup:.0%}"} if varies else {}
+    return found | {"sparsity": "{sparsity:g}", "method": "{method}"}
+
+
+def by_prompt(clips: Iterable[tuple[str, float | None]]) -> dict[str, list[float]]:
+    """Prompt and value of each clip as values by prompt, those without one left out."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for prompt, value in clips:
+        if value is not None:
+            found[prompt].append(value)
+    return found
+
+
+def contrasts(cells: Cells, rule: Contrasts) -> Iterator[Table]:
+    """A table for each method of `rule.against`: every other minus it, corrected over all of them together."""
+    found = {
+        (base, setting, method): {m: _contrast(group, cells[setting, base], m, rule) for m in rule.metrics}
+        for base in rule.against
+        for (setting, method), group in cells.items()
+        if method not in (base, "dense") and (setting, base) in cells
+    }  # fmt: skip
+    tested = [made for row in found.values() for made in row.values() if made and made.p is not None]
+    corrected = dict(zip(map(id, tested), holm([made.p for made in tested if made.p is not None]), strict=True))
+    columns = labels(cells)
+    for metric in rule.metrics:
+        mean, low, high, p = (f"{{{metric}_{name}:{form}}}" for name, form in
+                              (("mean", "+.3f"), ("low", "+.3f"), ("high", "+.3f"), ("holm", ".2g")))  # fmt: skip
+        columns |= {METRICS[metric]: (f"{mean} [{low}, {high}]", mean), f"p, {METRICS[metric].split()[0]}": p}
+    for base in rule.against:
+        rows = []
+        for (against, setting, method), made_of in found.items():
+            if against == base and any(made_of.values()):
+                values: Row = {**setting._asdict(), "method": method}
+                for metric, made in made_of.items():
+                    numbers = (made.mean, made.low, made.high, made.p) if made else (None,) * 4
+                    numbers = (*numbers, corrected.get(id(made)))
+                    names = (f"{metric}_{name}" for name in ("mean", "low", "high", "p", "holm"))
+                    values |= dict(zip(names, numbers, strict=True))
+                rows.append(values)
+        note = (
+            f"Paired by prompt and seed; 95% intervals from {rule.draws} bootstrap draws of prompts, then seeds (seed "
+            f"{rule.seed}). p: two-sided, of no difference: twice the share of draws on the far side of 0; "
+            f"Holm-corrected for the {len(tested)} contrasts of this page."
+        )
+        if rows:
+            yield Table(f"minus_{base}", columns, rows, f"Minus {base}", note)
+
+
+def _contrast(group: Sequence[Row], other: Sequence[Row], metric: str, rule: Contrasts) -> Estimate | None:
+    """The mean difference of the clips that both have, or None if there are none."""
+    twins = {(row["prompt"], row["seed"]): row[metric] for row in other if row["status"] == "ok"}
+    pairs: list[tuple[str, float]] = []
+    for row in group:
+        twin = twins.get((row["prompt"], row["seed"]))
+        if row["status"] == "ok" and row[metric] is not None and twin is not None:
+            pairs.append((row["prompt"], row[metric] - twin))
+    return estimate(by_prompt(pairs), rule.draws, rule.seed) if pairs else None

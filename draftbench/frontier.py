@@ -1,0 +1,113 @@
+"""A picture of fidelity over time that joins what was measured apart: pocket's clips, and one call at a paper's shape.
+
+Quality is that of records of kind "cell"; time that of records of kind "methods" (bench=methods): the method's plan, of
+pocket's q and k tiled to the shape, and the kernel on it. They meet by method and sparsity, and each axis names its
+source, since neither says how good a clip of the larger model is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .bootstrap import Estimate, estimate
+from .contrasts import Contrasts, Row, by_prompt
+from .method_tables import check_same, grouped, provenance
+
+METRIC, LABEL = "psnr_db", "PSNR dB to dense"
+
+
+class Point(NamedTuple):
+    """A method at a sparsity: ms of one call (20%, 50%, 80%) and the mean over clips with its interval."""
+
+    method: str
+    sparsity: float
+    ms: tuple[float, float, float]
+    quality: Estimate
+
+
+def join(cells: Sequence[Row], times: Sequence[Row], rule: Contrasts) -> dict[str, list[Point]]:
+    """The points of each shape of `times`, by method and sparsity; what only one side has is in none.
+
+    Raises ValueError if rows of either side do not mix, or the cells are of several warm-ups.
+    """
+    check_same(cells, "quality")
+    groups = grouped(cells)
+    if len(warmups := {setting.warmup for setting, _ in groups}) > 1:
+        raise ValueError(f"quality: a picture has one share of dense first steps, not {sorted(map(str, warmups))}")
+    for name in ("device", "versions", "commit"):
+        if len({repr(row[name]) for row in times}) > 1:
+            raise ValueError(f"time: rows with different {name} share no picture")
+    quality: dict[tuple[str, float], Estimate] = {}
+    for (setting, method), group in groups.items():
+        clips = by_prompt((row["prompt"], row[METRIC]) for row in group if row["status"] == "ok")
+        if clips and method != "dense":
+            quality[method, setting.sparsity] = estimate(clips, rule.draws, rule.seed)
+    found: dict[str, list[Point]] = {}
+    for row in sorted(times, key=lambda row: (row["shape"], row["method"], row["sparsity"])):
+        key = row["method"], row["sparsity"]
+        if row["status"] == "ok" and key in quality:
+            ms = (row["ms"]["p20"], row["ms"]["p50"], row["ms"]["p80"])
+            found.setdefault(row["shape"], []).append(Point(*key, ms, quality[key]))
+    return found
+
+
+def figure(
+    cells: Sequence[Row], times: Sequence[Row], names: tuple[str, str], rule: Contrasts, path: Path, digest: str
+) -> None:
+    """Draw a panel a shape, a line a method over its sparsities; `names` are those of the two files of records.
+
+    `digest` goes into the PNG's metadata. Raises ValueError as `join`, or if nothing meets; ImportError without
+    matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ImportError("pictures need matplotlib: pip install 'draftbench[figures]'") from error
+    shapes = join(cells, times, rule)
+    if not shapes:
+        raise ValueError(f"{' and '.join(names)} have no method at a sparsity in common")
+    methods = sorted({point.method for points in shapes.values() for point in points})
+    picture = Figure(figsize=(6.4 * len(shapes), 5.2), layout="constrained")
+    for axes, (shape, points) in zip(picture.subplots(1, len(shapes), squeeze=False)[0], shapes.items(), strict=True):
+        for number, method in enumerate(methods):
+            own = [point for point in points if point.method == method]
+            if own:
+                axes.errorbar(**_line(own), label=method, color=f"C{number % 10}", marker="os^Dvx"[number // 10 % 6],
+                              markersize=4, linewidth=1, capsize=2)  # fmt: skip
+            for point in own:
+                axes.annotate(f"{point.sparsity:.0%}", (point.ms[1], point.quality.mean), fontsize=6, xytext=(3, 3),
+                              textcoords="offset points")  # fmt: skip
+        dense = [row["dense"]["ms"] for row in times if row["shape"] == shape and row["dense"] and row["dense"]["ms"]]
+        if dense:
+            axes.axvline(sorted(dense)[len(dense) // 2], color="k", linestyle="--", linewidth=1, label="dense")
+        axes.set(title=shape, xscale="log", **dict(zip(("ylabel", "xlabel"), sources(cells, times, shape, names),
+                                                       strict=True)))  # fmt: skip
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=7)
+    picture.suptitle(f"Fidelity: {provenance(cells)}\nNo evidence about clips of the models whose shapes these are.",
+                     fontsize=7)  # fmt: skip
+    picture.savefig(path, format="png", dpi=120, metadata={"records": digest, "Software": None})
+
+
+def sources(cells: Sequence[Row], times: Sequence[Row], shape: str, names: tuple[str, str]) -> tuple[str, str]:
+    """The labels of the axes, quality's and time's: what is measured, on what, and in which file of records."""
+    grid = "x".join(map(str, cells[0]["grid"]))
+    clips = len({(row["prompt"], row["seed"]) for row in cells})
+    return (
+        f"{LABEL}: {cells[0]['model']} at {grid},\n{clips} clips ({names[0]})",
+        f"ms of one attention call, plan and kernel:\n{shape} on {times[0]['device']} ({names[1]})",
+    )
+
+
+def _line(points: Sequence[Point]) -> Mapping[str, Any]:
+    """x, y and their error bars."""
+    x, y = [point.ms[1] for point in points], [point.quality.mean for point in points]
+    low, high = ([p.quality.mean if end is None else end for p, end in zip(points, ends, strict=True)] for ends in
+                 ([p.quality.low for p in points], [p.quality.high for p in points]))  # fmt: skip
+    return {
+        "x": x, "xerr": [[p.ms[1] - p.ms[0] for p in points], [p.ms[2] - p.ms[1] for p in points]],
+        "y": y, "yerr": [[m - end for m, end in zip(y, low, strict=True)],
+                         [end - m for m, end in zip(y, high, strict=True)]],
+    }  # fmt: skip
