@@ -2,9 +2,9 @@
 
 For each file of records a Markdown page, and a CSV and a LaTeX file of each of its tables; a short form of it between
 the README's markers `<!-- table NAME -->` and `<!-- end -->`; a page for each paper of results/quoted; pictures of the
-benchmarks, and of quality over time, in results/figures, which hold the digest of their records. `paper=NAME` prints one
-paper's page and writes nothing. Keys: conf/tables.yaml. Exit codes: 0; 1 if `--check` finds something out of date or a
-record is damaged, which no table has then; 2 if nothing was done.
+benchmarks, and of quality over time, in results/figures, which hold the digest of their records. `paper=NAME` prints
+one paper's page and writes nothing. Keys: conf/tables.yaml. Exit codes: 0; 1 if `--check` finds something out of date
+or a record is damaged, which no table has then; 2 if nothing was done.
 """
 
 from __future__ import annotations
@@ -22,8 +22,17 @@ from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 
 from . import (
-    attention_tables, cli, contrasts, estimate_tables, frontier, method_tables, paper_tables, rank_tables, records,
-    schema, step_tables,
+    attention_tables,
+    cli,
+    contrasts,
+    estimate_tables,
+    frontier,
+    method_tables,
+    paper_tables,
+    rank_tables,
+    records,
+    schema,
+    step_tables,
 )  # fmt: skip
 from .help import CONFIGS
 from .tabular import Page

@@ -331,7 +331,7 @@ def test_what_was_computed_is_kept_when_interrupted(monkeypatch, tmp_path, capsy
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("bench=foo", "bench must be one of attention, got 'foo'"),
+        ("bench=foo", "bench must be one of attention, methods, step, got 'foo'"),
         ("bench.shape=[x]", "unknown key bench.shape=[x]; did you mean bench.shapes?"),
         ("+extra=1", "unknown key extra=1"),
         ("bench.shapes=[x]", "bench.shapes must be one of all, hunyuan_768p, "),
