@@ -38,15 +38,17 @@ def pool(x: Tensor, box: Box, grid: tuple[int, int, int], how: str = "average") 
 
         with on_device_of(x):
             return draft.pool(x, box, grid, how)
-    batch, _, heads, dim = x.shape
-    frames, height, width = grid
-    video = x[:, : frames * height * width].float().permute(0, 2, 3, 1).reshape(batch, heads * dim, *grid)
-    size = tuple(min(side) for side in zip((box.t, box.h, box.w), grid, strict=True))  # no larger than the grid
-    if how == "average":
-        pooled = torch.nn.functional.avg_pool3d(video, size, size, ceil_mode=True, count_include_pad=False)
-    else:
-        pooled = torch.nn.functional.max_pool3d(video, size, size, ceil_mode=True)
-    return pooled.reshape(batch, heads, dim, -1).transpose(2, 3)
+    counts, average = box.counts(grid), how == "average"
+    video = x[:, : math.prod(grid)].float().unflatten(1, grid)
+    rest = [n * b - size for n, b, size in zip(counts, (box.t, box.h, box.w), grid, strict=True)]
+    if any(rest):
+        around = (0, 0, 0, 0, 0, rest[2], 0, rest[1], 0, rest[0])
+        video = torch.nn.functional.pad(video, around, value=0.0 if average else -torch.inf)
+    cut = video.unflatten(3, (counts[2], box.w)).unflatten(2, (counts[1], box.h)).unflatten(1, (counts[0], box.t))
+    if not average:
+        return cut.amax((2, 4, 6)).flatten(1, 3).transpose(1, 2)
+    sizes = box_sizes(box, grid, x.device)
+    return cut.sum((2, 4, 6)).flatten(1, 3).transpose(1, 2) / sizes[:, None]
 
 
 @part("score")
