@@ -145,7 +145,9 @@ def _shape(rows: list[Row]) -> list[Table | str]:
 
 
 def figure(rows: Sequence[Row], path: Path, digest: str) -> None:
-    """Draw time against sparsity: a panel a shape, a line a contestant on captured blocks, the ideal dashed.
+    """Draw time against sparsity: a panel a shape, a line a contestant on captured blocks, the ideal dashed black.
+
+    One colour an executor, solid for the whole operation and dotted for the kernel alone; peers have colours of their own.
 
     `digest` goes into the PNG's metadata. Raises ImportError without matplotlib.
     """
@@ -159,13 +161,16 @@ def figure(rows: Sequence[Row], path: Path, digest: str) -> None:
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     picture = Figure(figsize=(6.4 * len(shapes), 5.2), layout="constrained")
     names = list(dict.fromkeys(row["contestant"] for row in rows if _ok(row)))
+    colours = list(dict.fromkeys(_executor(name) for name in names))
     for axes, shape in zip(picture.subplots(1, len(shapes), squeeze=False)[0], shapes, strict=True):
         here = [row for row in rows if _ok(row) and row["shape"] == shape and row["mask"] in ("dense", "captured")]
-        for number, name in enumerate(names):
+        for name in names:
+            number = colours.index(_executor(name))
             own = sorted((row["sparsity_achieved"], row["ms"]["p50"]) for row in here if row["contestant"] == name)
             if own:
                 style = {"color": f"C{number % 10}", "marker": "os^Dvx"[number // 10 % 6], "markersize": 4}
-                axes.plot(*zip(*own, strict=True), label=name, linewidth=1, **style)
+                line = ":" if name.startswith("kernel_") else "-"
+                axes.plot(*zip(*own, strict=True), line, label=name, linewidth=1, **style)
         ideal = {row["sparsity"]: row for row in here if row["dense"] and row["dense"]["ms"]}
         line = [(r["sparsity_achieved"], r["dense"]["ms"] * r["density"]) for _, r in sorted(ideal.items())]
         if line:
@@ -179,6 +184,11 @@ def figure(rows: Sequence[Row], path: Path, digest: str) -> None:
     devices = ", ".join(dict.fromkeys(row["device"] for row in rows))
     picture.suptitle(f"One attention call on {devices}, commit {rows[0]['commit'][:12]}", fontsize=9)
     picture.savefig(path, format="png", dpi=120, metadata={"records": digest, "Software": None})
+
+
+def _executor(name: str) -> str:
+    """What the whole operation and the kernel alone of one executor have in common, of a contestant's name."""
+    return name.removeprefix("draft_").removeprefix("kernel_")
 
 
 def _ok(row: Row) -> bool:

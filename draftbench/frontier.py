@@ -7,6 +7,7 @@ source, since neither says how good a clip of the larger model is.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,8 +87,8 @@ def figure(
                                                        strict=True)))  # fmt: skip
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=7)
-    picture.suptitle(f"Fidelity: {provenance(cells)}\nNo evidence about clips of the models whose shapes these are.",
-                     fontsize=7)  # fmt: skip
+    about = textwrap.fill(f"Fidelity: {provenance(cells)}", 120)
+    picture.suptitle(f"{about}\nNo evidence about clips of the models whose shapes these are.", fontsize=7)
     picture.savefig(path, format="png", dpi=120, metadata={"records": digest, "Software": None})
 
 

@@ -145,7 +145,7 @@ def figure(rows: Sequence[Row], path: Path, digest: str) -> None:
         if row["what"] == "step" and _ok(row):
             steps[row["case"]].append(row)
     height = max(map(len, steps.values()), default=1)
-    picture = Figure(figsize=(6.8 * max(len(steps), 1), 1.2 + 0.24 * height), layout="constrained")
+    picture = Figure(figsize=(6.8 * max(len(steps), 1), 1.5 + 0.24 * height), layout="constrained")
     panels = picture.subplots(1, max(len(steps), 1), squeeze=False)[0]
     for axes, (case, here) in zip(panels, steps.items(), strict=False):
         names = [_named(row) + (", compiled" if row["compiled"] else "") for row in here]
@@ -161,7 +161,8 @@ def figure(rows: Sequence[Row], path: Path, digest: str) -> None:
         axes.tick_params(axis="y", labelsize=7)
         axes.invert_yaxis()
         axes.grid(alpha=0.3, axis="x")
-        axes.legend(fontsize=7)
+    handles, labels = panels[0].get_legend_handles_labels()
+    picture.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=7)
     picture.suptitle(f"One denoising step on {rows[0]['device']}, commit {rows[0]['commit'][:12]}", fontsize=9)
     picture.savefig(path, format="png", dpi=120, metadata={"records": digest, "Software": None})
 
