@@ -147,7 +147,7 @@ def _shape(rows: list[Row]) -> list[Table | str]:
 def figure(rows: Sequence[Row], path: Path, digest: str) -> None:
     """Draw time against sparsity: a panel a shape, a line a contestant on captured blocks, the ideal dashed black.
 
-    One colour an executor, solid for the whole operation and dotted for the kernel alone; peers have colours of their own.
+    One colour an executor, solid for the whole operation and dotted for the kernel alone; a colour for each peer.
 
     `digest` goes into the PNG's metadata. Raises ImportError without matplotlib.
     """
