@@ -169,8 +169,8 @@ def figure(rows: Sequence[Row], path: Path, digest: str) -> None:
             own = sorted((row["sparsity_achieved"], row["ms"]["p50"]) for row in here if row["contestant"] == name)
             if own:
                 style = {"color": f"C{number % 10}", "marker": "os^Dvx"[number // 10 % 6], "markersize": 4}
-                line = ":" if name.startswith("kernel_") else "-"
-                axes.plot(*zip(*own, strict=True), line, label=name, linewidth=1, **style)
+                style["linestyle"] = ":" if name.startswith("kernel_") else "-"
+                axes.plot(*zip(*own, strict=True), label=name, linewidth=1, **style)
         ideal = {row["sparsity"]: row for row in here if row["dense"] and row["dense"]["ms"]}
         line = [(r["sparsity_achieved"], r["dense"]["ms"] * r["density"]) for _, r in sorted(ideal.items())]
         if line:

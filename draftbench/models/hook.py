@@ -50,12 +50,12 @@ class Hook:
     pipeline: ClassVar[str]  # the diffusers classes of the pipeline and its transformer
     transformer: ClassVar[str]
     processor: ClassVar[type[Processor]]
-    attention: ClassVar[str] = "attn"  # a block's attribute that holds the self-attention
+    attention: ClassVar[str] = "attn1"  # a block's attribute that holds the self-attention
 
     @staticmethod
     def blocks(transformer: Any) -> tuple[Any, ...]:
-        """The transformer's blocks, a layer each, in the order they run."""
-        raise NotImplementedError
+        """The transformer's blocks, a layer each, in the order they run; one list of them unless overridden."""
+        return tuple(transformer.transformer_blocks)
 
     @staticmethod
     def grid(config: Any, inputs: dict[str, Any]) -> tuple[int, int, int]:

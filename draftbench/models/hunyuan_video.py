@@ -57,6 +57,7 @@ class HunyuanVideoHook(Hook):
     pipeline = "HunyuanVideoPipeline"
     transformer = "HunyuanVideoTransformer3DModel"
     processor = _Processor
+    attention = "attn"
 
     @staticmethod
     def blocks(transformer: Any) -> tuple[Any, ...]:

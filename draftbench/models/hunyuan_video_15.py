@@ -43,11 +43,7 @@ class HunyuanVideo15Hook(Hook):
     pipeline = "HunyuanVideo15Pipeline"
     transformer = "HunyuanVideo15Transformer3DModel"
     processor = _Processor
-
-    @staticmethod
-    def blocks(transformer: Any) -> tuple[Any, ...]:
-        """See `Hook.blocks`."""
-        return tuple(transformer.transformer_blocks)
+    attention = "attn"
 
     @staticmethod
     def grid(config: Any, inputs: dict[str, Any]) -> tuple[int, int, int]:

@@ -37,12 +37,6 @@ class LTXHook(Hook):
     pipeline = "LTXPipeline"
     transformer = "LTXVideoTransformer3DModel"
     processor = _Processor
-    attention = "attn1"
-
-    @staticmethod
-    def blocks(transformer: Any) -> tuple[Any, ...]:
-        """See `Hook.blocks`."""
-        return tuple(transformer.transformer_blocks)
 
     @staticmethod
     def grid(config: Any, inputs: dict[str, Any]) -> tuple[int, int, int]:

@@ -48,12 +48,6 @@ class MochiHook(Hook):
     pipeline = "MochiPipeline"
     transformer = "MochiTransformer3DModel"
     processor = _Processor
-    attention = "attn1"
-
-    @staticmethod
-    def blocks(transformer: Any) -> tuple[Any, ...]:
-        """See `Hook.blocks`."""
-        return tuple(transformer.transformer_blocks)
 
     @staticmethod
     def grid(config: Any, inputs: dict[str, Any]) -> tuple[int, int, int]:

@@ -46,7 +46,6 @@ class WanHook(Hook):
     pipeline = "WanPipeline"
     transformer = "WanTransformer3DModel"
     processor = _Processor
-    attention = "attn1"
 
     @staticmethod
     def blocks(transformer: Any) -> tuple[Any, ...]:
