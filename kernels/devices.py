@@ -63,3 +63,10 @@ def side_by_side(x: Tensor) -> bool:
     """Whether the copy engine can read x [B, S, H, D] where it lies: channels together, steps of 16 bytes."""
     steps = [x.stride(0) if len(x) > 1 else 0, x.stride(1), x.stride(2), x.storage_offset()]
     return x.stride(3) == 1 and not any(step * x.element_size() % 16 for step in steps)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """A batched product [N, n, K] @ [N, K, m] in float32: half-precision operands on a GPU are read as they are."""
+    if a.device.type == "cuda" and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a.float(), b.float())

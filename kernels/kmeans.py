@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from draftbench.kernels.devices import product
 from torch import Tensor
 
 MOST = 2**27  # distances at a time
@@ -24,20 +25,13 @@ def kmeans(x: Tensor, centroids: Tensor, rounds: int) -> tuple[Tensor, Tensor, T
         low = centroids.to(x.dtype)
         totals, sizes, labels = torch.zeros_like(centroids), half.new_zeros(len(x), count), []
         for chunk in chunks:
-            nearest = (_product(chunk, low.mT) - half).argmax(-1)
+            nearest = (product(chunk, low.mT) - half).argmax(-1)
             labels.append(nearest)
             members = torch.zeros(*nearest.shape, count, dtype=x.dtype, device=x.device).scatter_(
                 2, nearest[..., None], 1
             )
-            totals += _product(members.mT, chunk)  # a product, since sums by index have no fixed order on a GPU
+            totals += product(members.mT, chunk)  # a product, since sums by index have no fixed order on a GPU
             sizes += members.sum(1, dtype=torch.float32)
         centroids = torch.where(sizes[..., None] > 0, totals / sizes[..., None].clamp(min=1), centroids)
     shape = (batch, heads)
     return torch.cat(labels, 1).unflatten(0, shape), centroids.unflatten(0, shape), sizes.long().unflatten(0, shape)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """A batched product with a float32 result, whatever a and b are in."""
-    if a.device.type == "cuda" and a.dtype in (torch.bfloat16, torch.float16):
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    return torch.bmm(a.float(), b.float())

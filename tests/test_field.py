@@ -332,6 +332,41 @@ def test_svg_is_a_band_in_one_of_two_orders(grid):
 
 
 @grids
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_svg_judges_heads_by_what_its_bands_lose(grid, dtype):
+    """Against float64 attention, row by row, with padding behind the real text."""
+    frame, video, text = grid[1] * grid[2], math.prod(grid), 3
+    q, k, v = ((3 * x).to(dtype) for x in tensors(grid))
+    rows = torch.randint(video, (6,))
+    patch_major = [t * frame + p for p in range(frame) for t in range(grid[0])]
+    orders = [list(range(video)), [patch_major.index(i) for i in range(video)]]
+    reach = max(1, int(1.5 * frame / 8))
+    method, expected = SVG(0.5, block=8), torch.zeros(2, 2, dtype=torch.float64)
+    for h in range(2):
+        for row in rows.tolist():
+            weight = (k[0, : video + text, h].double() @ q[0, row, h].double() / 4).exp()
+            values = v[0, : video + text, h].double()
+            for i, place in enumerate(orders):
+                near = [abs(place[row] // 8 - place[j] // 8) < reach for j in range(video)]
+                near = torch.tensor(near + [True] * text)
+                gap = (weight * near) @ values / (weight * near).sum() - weight @ values / weight.sum()
+                expected[i, h] += (gap**2).mean() / len(rows)
+    kept = method.bands(rows, video, frame, grid[0])
+    found = method.errors(q[0, rows], k[0], v[0], kept, torch.tensor(text))
+    close = {"atol": 1e-6, "rtol": 1e-4} if dtype is torch.float32 else {"atol": 1e-3, "rtol": 0.02}
+    torch.testing.assert_close(found.double(), expected, **close)
+
+
+def test_svg_takes_a_band_that_underflows_as_lost():
+    q, k = torch.zeros(1, 1, 16), torch.zeros(8, 1, 16)
+    q[..., 0], k[0, :, 0] = 40.0, 40.0  # the first key has all, and the second band drops it
+    kept = torch.ones(2, 1, 8, dtype=torch.bool)
+    kept[1, :, 0] = False
+    errors = SVG.errors(q, k, torch.ones(8, 1, 16), kept, torch.tensor(0))
+    assert errors.tolist() == [[0.0], [1.0]]
+
+
+@grids
 def test_vsa_is_top_k_of_pooled_tiles(grid):
     q, k, _ = tensors(grid)
     found = kept_tokens(VSA(0.7, cube=(2, 4, 4)), grid)
