@@ -36,6 +36,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from . import records, schema
 from .help import CONFIGS, defaults, page
+from .queued import patient
 
 ERROR = "error.txt"  # in a job's folder: the traceback of its failure
 
@@ -129,7 +130,11 @@ def _main(argv: list[str]) -> int:
     place = f"{jobs.key}={QuotedString(str(jobs.root), Quote.single).with_quotes()}"
     code = 0
     try:
-        _run_hydra([*flags, *overrides, place])
+        with patient() as lost:
+            _run_hydra([*flags, *overrides, place])
+        for line in lost:
+            _say(line)
+        code = int(bool(lost))
     except KeyboardInterrupt:
         _say(f"interrupted; what is finished is in {jobs.root}")
         return 130
@@ -262,14 +267,16 @@ def _try(folder: Path, size: int) -> None:
 def gather(jobs: Jobs) -> int:
     """Tell what failed, and for a sweep print, write and log the table of all its records; 1 if anything failed."""
     failures = [folder for folder in jobs.folders if (folder / ERROR).exists()]
-    missing = [folder for folder in jobs.folders if not folder.exists()]
+    missing = [folder for folder in jobs.folders if not any(folder.glob("record*.json")) and folder not in failures]
     damaged: list[str] = []
     rows = records.read_all((folder for folder in jobs.folders if folder.exists()), damaged)
     bad = [row for row in rows if row["status"] != "ok"]
     if jobs.key == "hydra.sweep.dir":
         _show_sweep(jobs, rows)
-        if failures or missing:
-            _say(f"{len(failures) + len(missing)} of {len(jobs.folders)} jobs failed, see {jobs.root}/*/{ERROR}")
+        if failures:
+            _say(f"{len(failures)} of {len(jobs.folders)} jobs failed, see {jobs.root}/*/{ERROR}")
+        if missing:
+            _say(f"{len(missing)} of {len(jobs.folders)} jobs left no record")
     for line in damaged:
         _say(f"left out: {line}")
     for (method, sparsity, status), count in Counter(map(_what, bad)).items():

@@ -20,8 +20,9 @@ LAYERS = 2
 
 
 def pytest_addoption(parser):
-    """A folder with clones of official repositories, as tests/test_field.py names them."""
+    """A folder with clones of official repositories, as tests/test_field.py names them; where a log goes."""
     parser.addoption("--official", help="folder with clones of the methods' official repositories")
+    parser.addoption("--slurm-log", help="file that tests/test_slurm.py writes what it saw to")
 
 
 def pairwise(axes):
@@ -82,8 +83,18 @@ def one_thread():
 
 
 @pytest.fixture
-def configured(one_thread, tmp_path, tiny):
-    """Composes and checks a config: a grid of 5x8x12 tokens, two steps, the first dense; untimed unless asked for."""
+def small(tmp_path, tiny):
+    """Overrides that run a job in a moment: a grid of 5x8x12 tokens, two steps, the first dense."""
+    return [
+        f"model.weights={tiny()}", "model.frames=5", "model.height=32", "model.width=48", "model.steps=2",
+        "model.geometry.region=[4,4]", "device=cpu", "tracking=disabled", "videos=false", "metrics=[psnr_db]",
+        f"cache={tmp_path}/cache",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def configured(one_thread, small):
+    """Composes and checks a config of `small`'s size; untimed unless asked for."""
 
     def make(*overrides):
         with initialize_config_module("draftbench.conf", version_base="1.3"):
@@ -91,9 +102,5 @@ def configured(one_thread, tmp_path, tiny):
         schema.check(config)
         return config
 
-    common = [
-        f"model.weights={tiny()}", "model.frames=5", "model.height=32", "model.width=48", "model.steps=2",
-        "model.geometry.region=[4,4]", "model.geometry.tile=[1,4,4]", "model.geometry.block=16", "device=cpu",
-        "tracking=disabled", "videos=false", "metrics=[psnr_db]", "latency.enabled=false", f"cache={tmp_path}/cache",
-    ]  # fmt: skip
+    common = [*small, "model.geometry.tile=[1,4,4]", "model.geometry.block=16", "latency.enabled=false"]
     return make

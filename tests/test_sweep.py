@@ -14,22 +14,20 @@ import torch
 from draftbench import records, run
 
 
-def command(tmp_path, tiny, *arguments):
-    small = [
-        f"model.weights={tiny()}", "model.frames=5", "model.height=32", "model.width=48", "model.steps=2",
-        "model.geometry.region=[4,4]", "device=cpu", "tracking=disabled", "videos=false", "metrics=[psnr_db]",
-    ]  # fmt: skip
-    return [sys.executable, "-P", "-m", "draftbench", *small, f"cache={tmp_path}/cache", *arguments]
+@pytest.fixture
+def command(small):
+    """The command line of a tiny job or sweep."""
+    return lambda *arguments: [sys.executable, "-P", "-m", "draftbench", *small, *arguments]
 
 
 def settings():
     return {**os.environ, "OMP_NUM_THREADS": "1"}  # a tiny network only waits for its threads
 
 
-def test_a_sweep_that_is_killed_goes_on_where_it_was(tmp_path, tiny):
+def test_a_sweep_that_is_killed_goes_on_where_it_was(tmp_path, command):
     first, second = tmp_path / "first", tmp_path / "second"
     sweep = ["-m", "+method=dense,draft", "sparsity=0.5,0.9", "seeds=[0,1,2]", "batch=1", "model.frames=24"]
-    argv = command(tmp_path, tiny, *sweep)
+    argv = command(*sweep)
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(
             [*argv, f"hydra.sweep.dir={first}"], cwd=tmp_path, env=settings(), stdout=log, stderr=log,
@@ -79,9 +77,9 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(tmp_path, tiny):
     ],
     ids=lambda value: value[-1].partition("=")[0] if isinstance(value, list) else "",
 )
-def test_bad_input_is_refused_in_a_line_or_two(arguments, message, tmp_path, tiny):
+def test_bad_input_is_refused_in_a_line_or_two(arguments, message, tmp_path, command):
     torch.save({"a": torch.zeros(1)}, tmp_path / "pickled.safetensors")
-    argv = command(tmp_path, tiny, *arguments)
+    argv = command(*arguments)
     done = subprocess.run(argv, cwd=tmp_path, env=settings(), capture_output=True, text=True)
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.startswith(f"draftbench: {message}") and done.stderr.count("\n") <= 2
@@ -121,7 +119,7 @@ cli.main(argv)
 
 
 @pytest.mark.parametrize("where", ["record_001.json", "table.txt"])
-def test_kill_9_in_a_write_loses_nothing_that_was_finished(where, tmp_path, tiny):
+def test_kill_9_in_a_write_loses_nothing_that_was_finished(where, tmp_path, command):
     sweep = [
         "-m",
         "sparsity=0.5",
@@ -130,7 +128,7 @@ def test_kill_9_in_a_write_loses_nothing_that_was_finished(where, tmp_path, tiny
         "latency.enabled=false",
         f"hydra.sweep.dir={tmp_path}/out",
     ]
-    argv = command(tmp_path, tiny, *sweep)[4:]
+    argv = command(*sweep)[4:]
     done = subprocess.run([sys.executable, "-P", "-c", KILLED, where, *argv], env=settings(), capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     before = {row["seed"]: row for row in records.read_all([tmp_path / "out"])}
@@ -138,7 +136,7 @@ def test_kill_9_in_a_write_loses_nothing_that_was_finished(where, tmp_path, tiny
     assert [before[seed]["status"] for seed in range(3)] == expected
     assert not (tmp_path / "out" / "table.txt").exists()
 
-    again = subprocess.run(command(tmp_path, tiny, *sweep), env=settings(), capture_output=True, cwd=tmp_path)
+    again = subprocess.run(command(*sweep), env=settings(), capture_output=True, cwd=tmp_path)
     error = again.stderr.decode()
     assert again.returncode == 0 and f"{expected.count('ok')} of 3 cells were finished before" in error, error
     rows = {row["seed"]: row for row in records.read_all([tmp_path / "out"])}
@@ -146,7 +144,7 @@ def test_kill_9_in_a_write_loses_nothing_that_was_finished(where, tmp_path, tiny
     assert {row["status"] for row in rows.values()} == {"ok"} and (tmp_path / "out" / "table.txt").exists()
 
 
-def test_two_sweeps_on_one_folder_and_a_record_that_was_cut(tmp_path, tiny):
+def test_two_sweeps_on_one_folder_and_a_record_that_was_cut(tmp_path, command):
     sweep = [
         "-m",
         "sparsity=0.5,0.9",
@@ -155,7 +153,7 @@ def test_two_sweeps_on_one_folder_and_a_record_that_was_cut(tmp_path, tiny):
         "latency.enabled=false",
         f"hydra.sweep.dir={tmp_path}/out",
     ]
-    argv = command(tmp_path, tiny, *sweep)
+    argv = command(*sweep)
     both = [subprocess.Popen(argv, env=settings(), cwd=tmp_path, stderr=subprocess.PIPE) for _ in range(2)]
     errors = [process.communicate(timeout=100)[1].decode() for process in both]
     assert [process.returncode for process in both] == [0, 0], errors

@@ -1,0 +1,68 @@
+"""Sweeps through submitit, whose jobs Slurm or a user may kill: all are waited for, and what was lost is told.
+
+Hydra's submitit launchers take the results one after the other and give up the whole sweep at the first job that left
+none, while the queue still runs the others; and they wait for ever for one that `sacct` does not know, as a job of an
+array that was cancelled before it started, or any where there is no accounting.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.utils import JobReturn, JobStatus
+
+if TYPE_CHECKING:
+    import submitit
+
+EVERY = 10  # seconds from one look at the queue to the next
+GRACE = 15  # seconds that a shared folder may take to show the result of a job that has left the queue
+
+
+@contextmanager
+def patient() -> Iterator[list[str]]:
+    """Within it a submitit launcher waits for every job; yields the list that gets a line on each without a result."""
+    lost: list[str] = []
+    try:
+        import submitit
+        from submitit.core.utils import FailedJobError, UncompletedJobError
+    except ImportError:  # then no launcher of this sweep is one of submitit's
+        yield lost
+        return
+    original = submitit.Job.results
+
+    def results(job: submitit.Job[Any]) -> list[Any]:
+        try:
+            if not isinstance(job, submitit.SlurmJob) or _finished(job):
+                return original(job)
+        except (FailedJobError, UncompletedJobError):
+            pass
+        lost.append(f"job {job.job_id} ended without a result, see {job.paths.stderr}")
+        return [JobReturn(status=JobStatus.COMPLETED)]
+
+    submitit.Job.results = results  # type: ignore[assignment, method-assign]
+    try:
+        yield lost
+    finally:
+        submitit.Job.results = original  # type: ignore[method-assign]
+
+
+def _finished(job: submitit.SlurmJob[Any]) -> bool:
+    """Wait until the job has left its result or Slurm's queue; True for a result."""
+    command = ["squeue", "--noheader", "--array", "--format=%i", f"--user={os.getuid()}"]
+    result, folder = job.paths.result_pickle, job.paths.folder
+    while not result.exists():
+        queue = subprocess.run(command, capture_output=True, text=True)
+        if queue.returncode == 0 and job.job_id not in queue.stdout.split():
+            end = time.monotonic() + GRACE
+            while not result.exists() and time.monotonic() < end:
+                time.sleep(1)
+                with suppress(OSError):
+                    folder.chmod(folder.stat().st_mode)  # has NFS look again
+            return result.exists()
+        time.sleep(EVERY)
+    return True
