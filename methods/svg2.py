@@ -6,7 +6,11 @@ clusters are kept by the weights |K_j| exp(q . k_j / sqrt(D)) of their centroids
 of them at least. Text stays dense.
 Deviations: a cluster of more than `block` tokens is cut into blocks of that size, which are kept together, for the
 executors' sake; a batch clusters all its items; rounds do not stop early where the centroids have come to rest (that
-would wait for the device). The paper's 400 and 1000 clusters are those of 126,720 tokens: null scales them.
+would wait for the device); dense steps cluster nothing, where the scripts for HunyuanVideo begin with them.
+
+The official scripts take 1000 clusters of keys at every size, from 32,760 tokens to 118,800, so null is 1000 and never
+fewer than 32 tokens to each; and 200 of queries at 32,760 and 44,550, 300 at 75,600, 400 at 118,800: null is 1.1 times
+the root of the tokens, 199, 232, 302 and 379 there.
 
 Its knob is top_p, .9 in the paper; `sparsity` means one calibrated top_p, and then one cluster is the floor, since a
 tenth would forbid 90%.
@@ -32,7 +36,7 @@ from ..parts import part
 class SVG2(Knobbed):
     """top_p: the original's knob; floor: share of the key clusters kept at least beside a given top_p.
 
-    q_clusters, k_clusters: their numbers, null for one to 2.5 and to 1 block of tokens; first, next: rounds of k-means.
+    q_clusters, k_clusters: their numbers, null as the official scripts scale them; first, next: rounds of k-means.
     """
 
     top_p: float | None = None
@@ -75,8 +79,7 @@ class SVG2(Knobbed):
         """(Cluster of each video token [B, H, video], centroids [B, H, C, D], sizes [B, H, C]) of x [B, S, H, D]."""
         video = call.layout.video
         x = x[:, :video].transpose(1, 2)
-        given, share = (self.q_clusters, 2.5) if name == "q" else (self.k_clusters, 1)
-        count = min(video, given or max(1, round(video / (share * self.block))))
+        count = min(video, self.clusters(video)[name])
         centroids = call.state.get(name)
         rounds = self.next if centroids is not None else self.first
         if centroids is None:
@@ -86,6 +89,13 @@ class SVG2(Knobbed):
             labels, centroids, sizes = kmeans(x, centroids, rounds)
         call.state[name] = centroids
         return labels, centroids, sizes
+
+    def clusters(self, video: int) -> dict[str, int]:
+        """How many clusters of queries ("q") and of keys ("k") so many tokens are to have."""
+        return {
+            "q": self.q_clusters or max(1, round(1.1 * video**0.5)),
+            "k": self.k_clusters or max(1, min(1000, video // 32)),
+        }
 
     @staticmethod
     def draw(x: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -208,6 +208,16 @@ def test_svg2_is_the_papers_rule(grid, top_p, floor):
             assert torch.equal(found[h], with_text(expected, grid))
 
 
+def test_svg2_has_about_as_many_clusters_as_the_official_scripts():
+    official = {32_760: (200, 1000), 44_550: (200, 1000), 75_600: (300, 1000), 118_800: (400, 1000)}
+    for video, (queries, keys) in official.items():
+        found = SVG2().clusters(video)
+        assert abs(found["q"] / queries - 1) < 0.17 and found["k"] == keys
+    assert SVG2().clusters(24_576) == {"q": 172, "k": 768}
+    assert SVG2(q_clusters=7, k_clusters=9).clusters(24_576) == {"q": 7, "k": 9}
+    assert SVG2().clusters(20) == {"q": 5, "k": 1}
+
+
 def test_svg2_begins_with_tokens_and_cuts_clusters_into_blocks():
     grid = (3, 7, 9)
     q, _, _ = tensors(grid)
