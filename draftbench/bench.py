@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from . import attention_bench, cli, method_bench, records, schema, step_bench
-from .environment import alone, resolve_device
+from .environment import alone, drop_working_folder, resolve_device
 from .help import CONFIGS
 
 # Each has ROWS, the file of its rows; plan(config), what is to be run, or a ValueError; Bench(config, path) with `rows`
@@ -126,4 +126,5 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
+    drop_working_folder()
     sys.exit(main())

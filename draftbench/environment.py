@@ -58,6 +58,15 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def drop_working_folder() -> None:
+    """Forget the working folder, which `python -m` puts first on sys.path (and `python -P -m` does not).
+
+    From the repo root our folder `kernels` would shadow the Hugging Face package that transformers looks for.
+    """
+    if not sys.flags.safe_path and sys.path[0] in ("", os.getcwd()):
+        del sys.path[0]
+
+
 @contextmanager
 def alone(device: torch.device) -> Iterator[None]:
     """Have a GPU for oneself among the runs of draftbench on this machine, so that none is timed beside another.
