@@ -9,8 +9,8 @@ executors' sake; a batch clusters all its items; rounds do not stop early where 
 would wait for the device); dense steps cluster nothing, where the scripts for HunyuanVideo begin with them.
 
 The official scripts take 1000 clusters of keys at every size, from 32,760 tokens to 118,800, so null is 1000 and never
-fewer than 32 tokens to each; and 200 of queries at 32,760 and 44,550, 300 at 75,600, 400 at 118,800: null is 1.1 times
-the root of the tokens, 199, 232, 302 and 379 there.
+fewer than 32 tokens, or a smaller block, to each; and 200 of queries at 32,760 and 44,550, 300 at 75,600, 400 at
+118,800: null is 1.1 times the root of the tokens, 199, 232, 302 and 379 there.
 
 Its knob is top_p, .9 in the paper; `sparsity` means one calibrated top_p, and then one cluster is the floor, since a
 tenth would forbid 90%.
@@ -94,7 +94,7 @@ class SVG2(Knobbed):
         """How many clusters of queries ("q") and of keys ("k") so many tokens are to have."""
         return {
             "q": self.q_clusters or max(1, round(1.1 * video**0.5)),
-            "k": self.k_clusters or max(1, min(1000, video // 32)),
+            "k": self.k_clusters or max(1, min(1000, video // min(32, self.block))),
         }
 
     @staticmethod
