@@ -230,6 +230,11 @@ class Method:
         """What to generate in place of `request`; only controls of the dense run change it (seeds, steps)."""
         return request
 
+    @property
+    def changes_request(self) -> bool:
+        """Whether it is a control of the dense run that generates something else than it is asked for."""
+        return type(self).request is not Method.request
+
     def meet(self, model: Model, parts: DenseParts) -> None:
         """Called once before a job, with what it will run on; raises ValueError for what it has no setting for."""
 

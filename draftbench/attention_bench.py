@@ -340,17 +340,11 @@ def parts_ms(ready: Ready, shape: Shape, repeats: int = 3) -> dict[str, float]:
     device = torch.device(shape.device)
     for _ in range(repeats):
         with parts.collect(device) as collected:
-            start = _now(device)
+            start = parts.now(device)
             ready.run()
-            total = _now(device) - start
+            total = parts.now(device) - start
         found.append({**collected, "rest": total - sum(collected.values())})
     return {name: quantiles([one[name] for one in found])["p50"] for name in found[0]}
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() * 1000
 
 
 def stopwatch(run: Callable[[], Any], shape: Shape) -> Callable[[], float]:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from . import kernels, schema
 from .attention import Call, Request, Session
+from .environment import drop_working_folder
 from .kernels import dense
 from .knob import Calibrated, Knobbed, Losses, Option, Searched, identity, name, read, settings
 from .records import replacing
@@ -220,4 +221,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    drop_working_folder()
     sys.exit(main())

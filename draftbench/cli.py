@@ -233,9 +233,10 @@ def _claim(jobs: Jobs) -> None:
     """Make the output folder and the cache, try to write there, forget the failures of an earlier run of these jobs."""
     given = jobs.root
     for cache in sorted({str(config.cache) for config in jobs.configs}):
+        folder = Path(cache).expanduser()
         try:
-            Path(cache).expanduser().mkdir(parents=True, exist_ok=True)
-            _try(Path(cache).expanduser(), 1)
+            folder.mkdir(parents=True, exist_ok=True)
+            _try(folder, 1)
         except OSError as error:
             raise OSError(f"cache must be a folder that can be written, got {cache}: {error.strerror}") from error
     try:

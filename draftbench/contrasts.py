@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 from .bootstrap import Estimate, estimate, holm
-from .tabular import Column, Table
+from .tabular import Column, Table, ok
 
 Row: TypeAlias = dict[str, Any]
 METRICS = {"psnr_db": "PSNR dB", "ssim": "SSIM", "lpips": "LPIPS"}
@@ -58,6 +58,13 @@ def by_prompt(clips: Iterable[tuple[str, float | None]]) -> dict[str, list[float
     return found
 
 
+def twins(group: Sequence[Row], other: Sequence[Row]) -> list[tuple[Row, Row]]:
+    """The clips of one prompt and seed that both groups have, and that worked in both."""
+    known = {(row["prompt"], row["seed"]): row for row in other if ok(row)}
+    pairs = ((row, known.get((row["prompt"], row["seed"]))) for row in group if ok(row))
+    return [(row, twin) for row, twin in pairs if twin]
+
+
 def contrasts(cells: Cells, rule: Contrasts) -> Iterator[Table]:
     """A table for each method of `rule.against`: every other minus it, corrected over all of them together."""
     found = {
@@ -95,10 +102,9 @@ def contrasts(cells: Cells, rule: Contrasts) -> Iterator[Table]:
 
 def _contrast(group: Sequence[Row], other: Sequence[Row], metric: str, rule: Contrasts) -> Estimate | None:
     """The mean difference of the clips that both have, or None if there are none."""
-    twins = {(row["prompt"], row["seed"]): row[metric] for row in other if row["status"] == "ok"}
-    pairs: list[tuple[str, float]] = []
-    for row in group:
-        twin = twins.get((row["prompt"], row["seed"]))
-        if row["status"] == "ok" and row[metric] is not None and twin is not None:
-            pairs.append((row["prompt"], row[metric] - twin))
+    pairs = [
+        (row["prompt"], row[metric] - twin[metric])
+        for row, twin in twins(group, other)
+        if row[metric] is not None and twin[metric] is not None
+    ]
     return estimate(by_prompt(pairs), rule.draws, rule.seed) if pairs else None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .attention_tables import number, spread
-from .tabular import Page, Table
+from .tabular import Page, Table, canvas, check_alike, made_by, ok, save
 
 Row = dict[str, Any]
 SAME = ("device", "versions", "commit", "source", "budget_s")
@@ -16,15 +16,10 @@ SAME = ("device", "versions", "commit", "source", "budget_s")
 def page(rows: Sequence[Row], source: str) -> Page:
     """The tables of one file of records; ValueError, naming the field, for rows that cannot share one."""
     for name in SAME:
-        values = sorted({repr(row[name]) for row in rows})
-        if len(values) > 1:
-            raise ValueError(f"{source}: rows with different {name} share no table: {', '.join(values)}")
+        check_alike((row[name] for row in rows), name, source)
     first = rows[0]
-    versions = ", ".join(f"{name} {value}" for name, value in first["versions"].items() if value)
-    dirty = ", with changes that are not committed" if any(row["dirty"] for row in rows) else ""
     about = (
-        f"The estimate of each method at one attention call on {first['device']}; {versions}; commit "
-        f"`{first['commit'][:12]}`{dirty}.",
+        f"The estimate of each method at one attention call on {first['device']}; {made_by(rows)}.",
         f"q and k of pocket (`{first['source']['prompt']}`, seed {first['source']['seed']}), tiled to the shape. ms: "
         "median [20%, 80%] of timings in turn with dense attention; estimate: the method's plan alone, in the middle "
         "of a clip; first: its first plan in a clip, once, compilation included; kernel: the executor on that plan; "
@@ -33,7 +28,7 @@ def page(rows: Sequence[Row], source: str) -> Page:
         "which its sparsity counts, so the call itself drops more.",
     )
     tables: list[Table | str] = [*about, short(rows)]
-    others = [row for row in rows if not _ok(row)]
+    others = [row for row in rows if not ok(row)]
     if others:
         columns = {"shape": "{shape}", "method": "{method}", "sparsity": "{sparsity:g}", "status": "{status}"}
         tables.append(Table("missing", columns, [{name: row[name] for name in columns} for row in others], "No time"))
@@ -50,20 +45,18 @@ def short(rows: Sequence[Row]) -> Table:
         "dense, ms": lambda row: number(row["dense"]["ms"]), "times over dense": "{speedup:.2f}",
     }  # fmt: skip
     fields = ("shape", "sparsity", "method", "sparsity_achieved", "plan_ms", "share", "first_plan_ms", "kernel_ms")
-    found = sorted(filter(_ok, rows), key=lambda row: (row["shape"], row["sparsity"], row["plan_ms"]["p50"]))
+    found = sorted(filter(ok, rows), key=lambda row: (row["shape"], row["sparsity"], row["plan_ms"]["p50"]))
     return Table("short", columns, [{name: row[name] for name in (*fields, "ms", "dense", "speedup")} for row in found])
 
 
 def figure(rows: Sequence[Row], path: Path, digest: str) -> None:
-    """A bar a row: the method's kernel, its estimate and the rest of the whole, and a mark at dense; `digest` goes into
-    the picture's metadata."""
-    import matplotlib
+    """Draw a bar a row: the method's kernel, its estimate and the rest of the whole, and a mark at dense.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    found = sorted(filter(_ok, rows), key=lambda row: (row["shape"], row["sparsity"], row["ms"]["p50"]))
-    drawn, axes = pyplot.subplots(figsize=(8, 1 + 0.3 * len(found)), layout="constrained")
+    `digest` goes into the PNG's metadata. Raises ImportError without matplotlib.
+    """
+    found = sorted(filter(ok, rows), key=lambda row: (row["shape"], row["sparsity"], row["ms"]["p50"]))
+    picture = canvas(8, 1 + 0.3 * len(found))
+    axes = picture.subplots()
     left = [0.0] * len(found)
     for name, colour in (("kernel", "C0"), ("estimate", "C1"), ("rest", "C7")):
         widths = [max(0.0, _part(row, name)) for row in found]
@@ -74,8 +67,7 @@ def figure(rows: Sequence[Row], path: Path, digest: str) -> None:
     axes.set_xlabel(f"ms a call, {rows[0]['device']}")
     axes.invert_yaxis()
     axes.legend()
-    drawn.savefig(path, format="png", dpi=120, metadata={"records": digest, "Software": None})
-    pyplot.close(drawn)
+    save(picture, path, digest)
 
 
 def lacks(row: Row) -> str | None:
@@ -86,7 +78,3 @@ def lacks(row: Row) -> str | None:
 def _part(row: Row, name: str) -> float:
     kernel, estimate = row["kernel_ms"]["p50"], row["plan_ms"]["p50"]
     return float({"kernel": kernel, "estimate": estimate, "rest": row["ms"]["p50"] - kernel - estimate}[name])
-
-
-def _ok(row: Row) -> bool:
-    return bool(row["status"] == "ok")

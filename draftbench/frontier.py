@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from .bootstrap import Estimate, estimate
 from .contrasts import Contrasts, Row, by_prompt
 from .method_tables import check_same, grouped, provenance
+from .tabular import canvas, save
 
 METRIC, LABEL = "psnr_db", "PSNR dB to dense"
 
@@ -62,15 +63,11 @@ def figure(
     `digest` goes into the PNG's metadata. Raises ValueError as `join`, or if nothing meets; ImportError without
     matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ImportError("pictures need matplotlib: pip install 'draftbench[figures]'") from error
     shapes = join(cells, times, rule)
     if not shapes:
         raise ValueError(f"{' and '.join(names)} have no method at a sparsity in common")
     methods = sorted({point.method for points in shapes.values() for point in points})
-    picture = Figure(figsize=(6.4 * len(shapes), 5.2), layout="constrained")
+    picture = canvas(6.4 * len(shapes), 5.2)
     for axes, (shape, points) in zip(picture.subplots(1, len(shapes), squeeze=False)[0], shapes.items(), strict=True):
         for number, method in enumerate(methods):
             own = [point for point in points if point.method == method]
@@ -89,7 +86,7 @@ def figure(
         axes.legend(fontsize=7)
     about = textwrap.fill(f"Fidelity: {provenance(cells)}", 120)
     picture.suptitle(f"{about}\nNo evidence about clips of the models whose shapes these are.", fontsize=7)
-    picture.savefig(path, format="png", dpi=120, metadata={"records": digest, "Software": None})
+    save(picture, path, digest)
 
 
 def sources(cells: Sequence[Row], times: Sequence[Row], shape: str, names: tuple[str, str]) -> tuple[str, str]:

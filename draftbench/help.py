@@ -33,12 +33,10 @@ def page() -> str:
         "Groups (* is the default)",
     ]
     for group, default in defaults(root).items():
-        for i, path in enumerate(sorted((conf / group).iterdir(), key=lambda path: path.name)):
-            option = path.name.removesuffix(".yaml")
-            if path.name != option:
-                mark = "*" if option == default else " "
-                about = _about(path.read_text(encoding="utf-8"))
-                lines += _columns(f"  {'' if i else group:<11}{mark}{option}", about, 30)
+        for i, option in enumerate(options(group)):
+            mark = "*" if option == default else " "
+            about = _about((conf / group / f"{option}.yaml").read_text(encoding="utf-8"))
+            lines += _columns(f"  {'' if i else group:<11}{mark}{option}", about, 30)
     lines += ["", "Keys and their defaults (draftbench method=svg --cfg job shows every key of a choice)"]
     for key, value, comment in _knobs(root):
         lines += _columns(f"  {key}={value}".removesuffix("="), comment, 40)
@@ -50,6 +48,12 @@ def page() -> str:
         "Flags: -m, --multirun; --cfg job; --config-dir FOLDER (configs of your own); --version; --hydra-help, --info",
     ]
     return "\n".join(lines)
+
+
+def options(group: str) -> list[str]:
+    """What there is to choose from in a group of conf."""
+    names = (path.name for path in (files(CONFIGS) / group).iterdir())
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
 def _columns(left: str, right: str, width: int) -> list[str]:

@@ -10,9 +10,7 @@ on sampled rows. A row is written as it is measured; a method that fails, or can
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict
-from importlib.resources import files
 from typing import Any
 
 import torch
@@ -30,9 +28,10 @@ from .calibrate import OutOfReach, solve
 from .cases import SHAPES, Case, Shape, dense_case, no_executor, threads
 from .contest import Contest, first_line, names
 from .estimate_tables import lacks, page
-from .help import CONFIGS
+from .help import CONFIGS, options
 from .knob import Knobbed, Losses, Searched
 from .latency import quantiles
+from .parts import now
 from .peers import Ready
 
 __all__ = ["ROWS", "Bench", "lacks", "listing", "page", "plan"]
@@ -49,10 +48,8 @@ def plan(config: DictConfig) -> list[tuple[str, list[str]]]:
 
 def methods() -> list[str]:
     """The methods that drop pairs of attention: those of conf/method but the controls of the dense run."""
-    found = sorted(path.name for path in (files(CONFIGS) / "method").iterdir() if path.name.endswith(".yaml"))
-    every = [name.removesuffix(".yaml") for name in found]
-    made = {name: made_for(SHAPES["tiny"], name, 0.5) for name in every}
-    return [name for name, one in made.items() if one.sparse and one.sparsity and type(one).request is Method.request]
+    made = {name: made_for(SHAPES["tiny"], name, 0.5) for name in options("method")}
+    return [name for name, one in made.items() if one.sparse and one.sparsity and not one.changes_request]
 
 
 def made_for(shape: Shape, name: str, sparsity: float) -> Method:
@@ -155,9 +152,9 @@ class Midway:
             self.method = method.at(method.pick(Losses([0], [0], alike), grid, method.sparsity)[0])
         elif isinstance(method, Knobbed):
             self.method = method.at(method.ends[0])
-        start = self.now()
+        start = now(q.device)
         self.method.plan(q, k, v, self.call(STEP, self.state, no_executor))
-        self.first_ms = self.now() - start
+        self.first_ms = now(q.device) - start
         if isinstance(method, Knobbed):
             self.method = method.at(solve(self.dropped, method.sparsity, method.ends, {})[0])
         self.method.attend(q, k, v, self.call(STEP, self.state, self.execute))
@@ -185,9 +182,3 @@ class Midway:
         lengths = torch.full((1,), shape.text, device=self.case.q.device)
         meter = Meter(counting=False)
         return Call(shape.layout, step, STEPS, 0, "cond", lengths, (0,), 0, state, executor, meter)
-
-    def now(self) -> float:
-        """Milliseconds, once the device has done all that it was given."""
-        if self.case.q.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() * 1000

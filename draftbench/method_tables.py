@@ -14,7 +14,7 @@ import numpy as np
 
 from .bootstrap import estimate
 from .contrasts import METRICS, Cells, Contrasts, Row, Setting, by_prompt, contrasts, labels
-from .tabular import Column, Page, Table
+from .tabular import Column, Page, Table, check_alike, versions
 
 SAME = (
     "device", "versions", "weights_hash", "grid", "model", "model_settings", "dense", "executor", "batch", "commit",
@@ -26,9 +26,7 @@ _QUANTILES = {"least": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "most": 1.0}
 def check_same(rows: Sequence[Row], source: str) -> None:
     """Raise ValueError, naming the field, if rows that share a table differ in what must be the same."""
     for name in SAME:
-        values = {repr(fixed(row, name)) for row in rows}
-        if len(values) > 1:
-            raise ValueError(f"{source}: rows with different {name} share no table: {', '.join(sorted(values))}")
+        check_alike((fixed(row, name) for row in rows), name, source)
     for name in ALIKE:
         found: dict[tuple[Setting, str], set[str]] = defaultdict(set)
         for row in rows:
@@ -85,10 +83,9 @@ def _caveats(rows: Sequence[Row], source: str) -> list[str]:
 def provenance(rows: Sequence[Row]) -> str:
     """A sentence: the model, grid, weights, device, versions and commit of rows that share a table."""
     first = rows[0]
-    versions = ", ".join(f"{name} {value}" for name, value in first["versions"].items() if value)
     return (
         f"{first['model']}, token grid {'x'.join(map(str, first['grid']))}, weights `{first['weights_hash'][:12]}`, "
-        f"on one {first['device']}, {versions}, commit `{first['commit'][:12]}`."
+        f"on one {first['device']}, {versions(first)}, commit `{first['commit'][:12]}`."
     )
 
 

@@ -19,9 +19,14 @@ class _Clock:
         self.device, self.total, self.inner = device, dict.fromkeys(PARTS, 0.0), [0.0]
 
     def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter() * 1000
+        return now(self.device)
+
+
+def now(device: torch.device) -> float:
+    """Milliseconds of a monotonic clock, once the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() * 1000
 
 
 _clock: _Clock | None = None

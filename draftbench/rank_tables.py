@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .contrasts import METRICS, Cells, Contrasts, Row, Setting, labels
+from .contrasts import METRICS, Cells, Contrasts, Row, Setting, labels, twins
 from .method_tables import SAME, fixed, grouped, mean, provenance
 from .tabular import Column, Table
 
@@ -33,7 +33,7 @@ def ranks(rows: Sequence[Row], again: Sequence[Row], source: str, rule: Contrast
     changed = 0
     for metric in rule.metrics:
         for key in shared:
-            pairs = _twins(first[key], second[key])
+            pairs = twins(first[key], second[key])
             for name, side in (("", 0), ("_again", 1)):
                 found[key][metric + name] = mean([pair[side] for pair in pairs], metric)
         for name in ("", "_again"):
@@ -59,13 +59,6 @@ def ranks(rows: Sequence[Row], again: Sequence[Row], source: str, rule: Contrast
 def _comparable(cells: Cells) -> Cells:
     """What stands at a sparsity: not dense, nor a control that none changes."""
     return {key: group for key, group in cells.items() if key[0].sparsity and key[1] != "dense"}
-
-
-def _twins(group: Sequence[Row], again: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """The clips that worked under both weights."""
-    known = {(row["prompt"], row["seed"]): row for row in again if row["status"] == "ok"}
-    mine = [row for row in group if row["status"] == "ok"]
-    return [(row, known[row["prompt"], row["seed"]]) for row in mine if (row["prompt"], row["seed"]) in known]
 
 
 def _moved(row: Row, metric: str) -> bool:

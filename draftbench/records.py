@@ -280,15 +280,16 @@ def promote(
     return target
 
 
+_ORDERS: dict[str, tuple[str, ...]] = {  # of a file's records, by their kind
+    "attention": ("shape", "sparsity", "mask", "contestant"),
+    "methods": ("shape", "sparsity", "method"),
+    "step": ("case", "what", "compiled", "sparsity", "contestant", "dense_layers"),
+}
+
+
 def _order(record: Mapping[str, Any]) -> list[Any]:
-    names: tuple[str, ...] = ("model", "method", "sparsity", "prompt", "seed", "cell_id")
-    if record.get("kind") == "attention":
-        names = ("shape", "sparsity", "mask", "contestant", "cell_id")
-    elif record.get("kind") == "methods":
-        names = ("shape", "sparsity", "method", "cell_id")
-    elif record.get("kind") == "step":
-        names = ("case", "what", "compiled", "sparsity", "contestant", "dense_layers", "cell_id")
-    values = [record.get(name) for name in names]
+    names = _ORDERS.get(str(record.get("kind")), ("model", "method", "sparsity", "prompt", "seed"))
+    values = [record.get(name) for name in (*names, "cell_id")]
     return [(value is not None, 0 if value is None else value) for value in values]
 
 

@@ -117,28 +117,30 @@ class Config:
 
 
 @dataclasses.dataclass
-class Bench:
-    """The attention benchmark (draftbench.bench), which knows the names of shapes and contestants."""
+class OnShapes:
+    """What the benchmarks of one attention call (draftbench.bench) share; they know the names of shapes."""
 
     shapes: Annotated[list[str], "a non-empty list of distinct shapes", str.strip]
-    sparsities: Annotated[list[float], "a non-empty list of distinct numbers in [0, 1)", lambda x: 0 <= x < 1]
-    masks: list[Literal["captured", "balanced", "trimmed"]]
-    contestants: Annotated[list[str], "a non-empty list of distinct contestants", str.strip]
     budget_s: Annotated[float, "a number above 0", lambda x: x > 0]
     prompt: Text
     seed: Annotated[int, "an integer from 0 to 2^31 - 1", lambda x: 0 <= x < 2**31]
 
 
 @dataclasses.dataclass
-class Estimates:
-    """The benchmark of methods' estimates, which knows the names of shapes and methods."""
+class Bench(OnShapes):
+    """The attention benchmark, which knows the names of contestants."""
 
-    shapes: Annotated[list[str], "a non-empty list of distinct shapes", str.strip]
+    sparsities: Annotated[list[float], "a non-empty list of distinct numbers in [0, 1)", lambda x: 0 <= x < 1]
+    masks: list[Literal["captured", "balanced", "trimmed"]]
+    contestants: Annotated[list[str], "a non-empty list of distinct contestants", str.strip]
+
+
+@dataclasses.dataclass
+class Estimates(OnShapes):
+    """The benchmark of methods' estimates, which knows the names of methods."""
+
     methods: Annotated[list[str], "a non-empty list of distinct methods", str.strip]
     sparsities: Annotated[list[float], "a non-empty list of distinct numbers in (0, 1)", lambda x: 0 < x < 1]
-    budget_s: Annotated[float, "a number above 0", lambda x: x > 0]
-    prompt: Text
-    seed: Annotated[int, "an integer from 0 to 2^31 - 1", lambda x: 0 <= x < 2**31]
 
 
 @dataclasses.dataclass

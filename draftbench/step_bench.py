@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import importlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +36,7 @@ from . import parts, records, schema
 from .attention import DenseParts, Meter, Method, Plan, Request, Session
 from .cases import threads
 from .contest import Contest, first_line, names
-from .help import CONFIGS
+from .help import CONFIGS, options
 from .knob import Calibrated
 from .latency import Timer, Timing, quantiles
 from .layout import Layout
@@ -135,21 +134,15 @@ def plan(config: DictConfig) -> Jobs:
 
 def _method(case: Case, name: str, sparsity: float) -> Method:
     """A method at a sparsity, with the settings of its config and the model's geometry."""
-    known = [path.name.removesuffix(".yaml") for path in _configs("method")]
+    known = options("method")
     if name not in known:
         raise ValueError(f"bench.methods must be of stock, {', '.join([*KERNELS, *known])}, got {name!r}")
     made = schema.method(case.config(f"method={name}", f"sparsity={sparsity}"))
     if isinstance(made, Calibrated):
         raise ValueError(f"bench.methods: what {name} keeps depends on the data, which random weights do not have")
-    if not made.sparse or type(made).request is not Method.request:
+    if not made.sparse or made.changes_request:
         raise ValueError(f"bench.methods: {name} is a control of the dense run, whose step is as long as a dense one")
     return made
-
-
-def _configs(group: str) -> list[Any]:
-    """The yaml files of a group."""
-    folder = importlib.resources.files(CONFIGS) / group
-    return sorted((path for path in folder.iterdir() if path.name.endswith(".yaml")), key=lambda path: path.name)
 
 
 def listing() -> list[str]:
@@ -392,16 +385,16 @@ class Step:
 
         @functools.wraps(decode)
         def clocked(*args: Any, **kwargs: Any) -> Any:
-            start = _now(self.model.device)
+            start = parts.now(self.model.device)
             result = decode(*args, **kwargs)
-            seconds.append(_now(self.model.device) - start)
+            seconds.append((parts.now(self.model.device) - start) / 1000)
             return result
 
         with shadowed(pipe.vae, "decode", clocked):
-            start = _now(self.model.device)
+            start = parts.now(self.model.device)
             with self.model.patched(self.session(timer, dense_steps), self.request.seeds):
                 pipe(**self.model.arguments(self.request), output_type="pt")
-            total = _now(self.model.device) - start
+            total = (parts.now(self.model.device) - start) / 1000
         (denoise,) = timer.timing().generate_s
         return {
             "generate_s": total, "denoise_s": denoise, "decode_s": seconds[0], "not_timed": "text encoding",
@@ -417,9 +410,9 @@ class Apart(Meter):
 
     def add_plan(self, plan: Plan, layout: Layout, text_lengths: Tensor, heads: int, more: bool = False) -> None:
         """See `Meter.add_plan`."""
-        start = _now(text_lengths.device)
+        start = parts.now(text_lengths.device)
         super().add_plan(plan, layout, text_lengths, heads, more)
-        self.ms += 1000 * (_now(text_lengths.device) - start)
+        self.ms += parts.now(text_lengths.device) - start
 
 
 class _Counting(Session):
@@ -434,9 +427,9 @@ def text_s(model: Any) -> float:
     """Seconds of encoding a clip's text by random encoders, warm."""
     encode = model.random_encoding()
     encode()
-    start = _now(model.device)
+    start = parts.now(model.device)
     encode()
-    return _now(model.device) - start
+    return (parts.now(model.device) - start) / 1000
 
 
 def compare(row: dict[str, Any], dense: dict[str, Any] | None) -> None:
@@ -483,10 +476,3 @@ def followed(pipe: Any, timer: Timer) -> Iterator[None]:
             stack.callback(network.register_forward_pre_hook(begin).remove)
         stack.enter_context(shadowed(pipe.scheduler, "step", end))
         yield
-
-
-def _now(device: torch.device) -> float:
-    """Seconds, when the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()

@@ -1,11 +1,15 @@
-"""A table in three forms, the same bytes each time: Markdown to read, CSV with the numbers, LaTeX with booktabs."""
+"""A table in three forms, the same bytes each time: Markdown to read, CSV with the numbers, LaTeX with booktabs.
+
+And what the tables and pictures of all kinds of records have in common.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from string import Formatter
 from typing import Any, TypeAlias
 
@@ -108,3 +112,40 @@ def _cell(column: Column, row: Row) -> str:
 
 def _escape(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in text)
+
+
+def ok(row: Row) -> bool:
+    """Whether a record has what it was to measure."""
+    return bool(row["status"] == "ok")
+
+
+def check_alike(values: Iterable[Any], name: str, source: str) -> None:
+    """Raise ValueError, naming the field, if the values that rows of one table have in it differ."""
+    found = sorted({repr(value) for value in values})
+    if len(found) > 1:
+        raise ValueError(f"{source}: rows with different {name} share no table: {', '.join(found)}")
+
+
+def versions(row: Row) -> str:
+    """The versions of a record, those of packages that were not there left out."""
+    return ", ".join(f"{name} {value}" for name, value in row["versions"].items() if value)
+
+
+def made_by(rows: Sequence[Row]) -> str:
+    """Versions and commit of rows that share both, and whether it was that commit."""
+    dirty = ", with changes that are not committed" if any(row["dirty"] for row in rows) else ""
+    return f"{versions(rows[0])}; commit `{rows[0]['commit'][:12]}`{dirty}"
+
+
+def canvas(width: float, height: float) -> Any:
+    """An empty matplotlib figure, its sides in inches; ImportError, saying what to install, without it."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ImportError("pictures need matplotlib: pip install 'draftbench[figures]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save(picture: Any, path: Path, digest: str) -> None:
+    """Write a figure as PNG, with the digest of the records that it shows in its metadata."""
+    picture.savefig(path, format="png", dpi=120, metadata={"records": digest, "Software": None})

@@ -22,13 +22,12 @@ more; what no period leaves is refused.
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from draftbench.methods.svg import band_mask
+from draftbench.methods.svg import band_mask, patch_major
 from torch import Tensor
 
 from ..attention import Call, DenseParts, Method, Plan
@@ -119,10 +118,3 @@ class ReTtention(Method):
             rho = (call.state["rho"] + self.growth * (since - 1)).clamp(max=1)
         with part("restore"):
             return torch.addcmul(call.state["residual"].float(), out.float(), rho.float()).to(out.dtype)
-
-
-@functools.lru_cache(maxsize=16)
-def patch_major(grid: tuple[int, int, int], device: torch.device) -> Tensor:
-    """Frame-major index of each place of the order by place in the frame, then frame, int64 [video]."""
-    frames, frame = grid[0], grid[1] * grid[2]
-    return torch.arange(frames * frame, device=device).view(frames, frame).T.flatten()

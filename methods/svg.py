@@ -38,15 +38,15 @@ class SVG(Method):
         """See `Method.plan`."""
         layout, device = call.layout, q.device
         temporal = self.temporal_heads(q, k, v, call)
-        frames, frame = layout.grid[0], layout.frame
         tokens = torch.arange(layout.video, device=device)
-        patch_major = tokens.view(frames, frame).T.flatten()
-        order = Index(torch.where(temporal[..., None], patch_major, tokens))
+        order = Index(torch.where(temporal[..., None], patch_major(layout.grid, device), tokens))
         sizes = even_sizes(layout.video, self.block, device)
         band = band_mask(layout.video, self.block, round(1 - self.sparsity, 9), device)
         mask = band.expand(len(q), q.shape[2], -1, -1)
         if self.first_frame_sink:
-            mask = mask | (~temporal[..., None, None] & (torch.arange(len(sizes), device=device) * self.block < frame))
+            mask = mask | (
+                ~temporal[..., None, None] & (torch.arange(len(sizes), device=device) * self.block < layout.frame)
+            )
         return plan_from_mask(mask, order, sizes, self.block, call)
 
     def temporal_heads(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
@@ -90,6 +90,13 @@ class SVG(Method):
             total = part.sum(-1, keepdim=True, dtype=torch.float32).clamp(min=torch.finfo(torch.float32).tiny)
             outputs.append(product(part, v.transpose(0, 1)) / total)
         return torch.stack([(out - outputs[0]).square().mean((1, 2)) for out in outputs[1:]])
+
+
+@functools.lru_cache(maxsize=16)
+def patch_major(grid: tuple[int, int, int], device: torch.device) -> Tensor:
+    """Frame-major index of each place of the order by place in the frame, then frame, int64 [video]."""
+    frames, frame = grid[0], grid[1] * grid[2]
+    return torch.arange(frames * frame, device=device).view(frames, frame).T.flatten()
 
 
 @functools.lru_cache(maxsize=64)

@@ -44,7 +44,7 @@ def accelerate(
     module, _, kind = HOOKS[name].partition(".")
     hook: type[Hook] = getattr(importlib.import_module(f".{module}", __package__), kind)
     chosen = made(method, sparsity) if isinstance(method, str) else method
-    if type(chosen).request is not Method.request:
+    if chosen.changes_request:
         raise ValueError(f"method={type(chosen).__name__} changes seeds or steps, which are not the hook's to change")
     plans = run(resolve(executor, pipe._execution_device))
     session = Session(chosen, plans, dense_kernel.run, dense or DenseParts())
