@@ -25,7 +25,8 @@ def page(rows: Sequence[Row], source: str) -> Page:
         "of a clip; first: its first plan in a clip, once, compilation included; kernel: the executor on that plan; "
         "share: estimate over kernel; whole: all of it. Times over dense: the dense kernel of the same rounds over the "
         "whole. A knob was set so that this call meets the sparsity. re_ttention's call lies between two full steps, "
-        "which its sparsity counts, so the call itself drops more.",
+        "which its sparsity counts, so the call itself drops more; efficient_vdit has few masks to choose from. "
+        "Where achieved is not the sparsity, no time stands for that sparsity.",
     )
     tables: list[Table | str] = [*about, short(rows)]
     others = [row for row in rows if not ok(row)]
