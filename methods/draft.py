@@ -2,7 +2,8 @@
 
 A low-resolution attention map of average-pooled queries and keys ranks regions of 8x16 tokens within a frame; one
 threshold per head over the whole map drops the lowest. As the official code does: dropped blocks are skipped (the
-paper writes zeroed logits), text stays dense. Beyond it: any grid, and a row left with nothing keeps its best block.
+paper writes zeroed logits), text stays dense. Beyond it: any grid, and a row left with nothing keeps its best block;
+and the last block that the sparsity drops is dropped, which the official code keeps, as the threshold itself.
 Where the region does not divide a frame's height, regions may run on into the next frame (`stacked`): 45x80 tokens
 in 33 frames are then 930 regions instead of 990, and only the last of them are cut.
 """

@@ -3,7 +3,8 @@
 Tiles of t x h x w tokens; a query tile keeps the tiles within a window around it, the window shifted inwards at the
 grid's edges. The paper searches windows per step, layer and head, as `sta_searched` does; this is the ablation without
 the search: all layers and steps have the same windows, and the heads are split between the two that meet the sparsity
-together. Any grid, edge tiles may be smaller.
+together. Any grid, edge tiles may be smaller. A window of an even number of tiles has that many and reaches one
+further back; the official code makes it one more, where there is one.
 """
 
 from __future__ import annotations

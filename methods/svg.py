@@ -2,8 +2,9 @@
 
 Each head is spatial (a band over frame-major tokens) or temporal (the same band over patch-major tokens), whichever
 loses less on sampled query rows. The profiling bands are the official code's: |i - j| < floor(1.5 * frame / block).
-Deviations: rows are sampled over the whole sequence as the paper says (the code draws from the first 10,000), and the
-executed band is the number of block diagonals whose density is nearest to the one asked for.
+Deviations: those bands for every model, where the official code has bands of 2 frames and the first frame's columns for
+Wan; rows are sampled over the whole sequence as the paper says (the code draws from the first 10,000), and the executed
+band is the number of block diagonals whose density is nearest to the one asked for.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ..layout import Index, even_sizes
 
 @dataclass
 class SVG(Method):
-    """block: tokens; samples: profiled query rows; first_frame_sink keeps the first frame's columns too."""
+    """block: tokens; samples: profiled query rows; first_frame_sink keeps its columns too in spatial heads."""
 
     block: int = 128
     samples: int = 64

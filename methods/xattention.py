@@ -3,7 +3,8 @@
 Scores along antidiagonals: of every 8 queries in reverse and 8 keys in turn, the sum of the 8 products, a softmax over
 a row of them, and its sums over blocks of 128 x 128 tokens. Each row of blocks keeps the fewest whose sum passes tau.
 Deviations: text stays dense; keys that fill up the last block take no part in the softmax (the official code leaves
-their zeros in it where attention is not causal).
+their zeros in it where attention is not causal); and no row keeps the first block for nothing, as the official code
+has it, where the index of what is dropped becomes that block's.
 
 Its knob is tau, .9 and .95 in the paper; `sparsity` means one calibrated tau.
 """

@@ -20,7 +20,7 @@ LAYERS = 2
 
 
 def pytest_addoption(parser):
-    """A folder with clones of official repositories, as tests/test_field.py names them; where a log goes."""
+    """A folder with clones of official repositories, as tests/test_official.py names them; where a log goes."""
     parser.addoption("--official", help="folder with clones of the methods' official repositories")
     parser.addoption("--slurm-log", help="file that tests/test_slurm.py writes what it saw to")
 
