@@ -61,22 +61,22 @@ class SVG2(Knobbed):
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Plan:
         """See `Method.plan`; the centroids are kept in the call's state."""
-        labels, centroids, sizes = zip(*(self.cluster(x, name, call) for x, name in ((q, "q"), (k, "k"))), strict=True)
+        order, centroids, sizes = zip(*(self.cluster(x, name, call) for x, name in ((q, "q"), (k, "k"))), strict=True)
         with part("score"):
             scores = centroids[0] @ centroids[1].mT * q.shape[-1] ** -0.5 + sizes[1][:, :, None].log()
             weights = scores.softmax(-1)  # of an empty cluster 0
         least = 1 if self.asked else max(1, int(self.floor * weights.shape[-1]))
         mask = keep_share(weights, self.value, least)
         with part("list"):
-            queries, q_owner = self.cut(labels[0], sizes[0])
-            keys, k_owner = self.cut(labels[1], sizes[1])
+            queries, q_owner = self.cut(order[0], sizes[0])
+            keys, k_owner = self.cut(order[1], sizes[1])
             n, m = q_owner.shape[-1], k_owner.shape[-1]
             kept = mask.gather(2, q_owner[..., None].expand(-1, -1, -1, mask.shape[-1]))
             kept = kept.gather(3, k_owner[:, :, None].expand(-1, -1, n, m)) & (keys.sizes > 0)[:, :, None]
         return cut_plan(kept, queries, keys, call)
 
     def cluster(self, x: Tensor, name: str, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-        """(Cluster of each video token [B, H, video], centroids [B, H, C, D], sizes [B, H, C]) of x [B, S, H, D]."""
+        """(Video tokens by cluster [B, H, video], centroids [B, H, C, D], sizes [B, H, C]) of x [B, S, H, D]."""
         video = call.layout.video
         x = x[:, :video].transpose(1, 2)
         count = min(video, self.clusters(video)[name])
@@ -86,9 +86,9 @@ class SVG2(Knobbed):
             draws = [self.draw(x[item], count, call.generator(item, x.device)) for item in range(len(x))]
             centroids = torch.stack(draws)
         with part("pool"):
-            labels, centroids, sizes = kmeans(x, centroids, rounds)
+            order, centroids, sizes = kmeans(x, centroids, rounds)
         call.state[name] = centroids
-        return labels, centroids, sizes
+        return order, centroids, sizes
 
     def clusters(self, video: int) -> dict[str, int]:
         """How many clusters of queries ("q") and of keys ("k") so many tokens are to have."""
@@ -103,17 +103,16 @@ class SVG2(Knobbed):
         where = torch.randint(x.shape[1], (x.shape[0], count), device=x.device, generator=generator)
         return x.gather(1, where[..., None].expand(-1, -1, x.shape[-1])).float()
 
-    def cut(self, labels: Tensor, sizes: Tensor) -> tuple[Cut, Tensor]:
-        """Tokens by cluster in blocks of at most `block`, and the cluster of each block [B, H, blocks].
+    def cut(self, order: Tensor, sizes: Tensor) -> tuple[Cut, Tensor]:
+        """`kmeans`' order in blocks of at most `block` tokens of one cluster, and the cluster of each [B, H, blocks].
 
         As many blocks as there can ever be, so that nothing waits for the device; the last are empty.
         """
-        number = sizes.shape[-1] + labels.shape[-1] // self.block
+        number = sizes.shape[-1] + order.shape[-1] // self.block
         pieces = (sizes + self.block - 1) // self.block
         ends = pieces.cumsum(-1)
         place = torch.arange(number, device=sizes.device).expand(*sizes.shape[:2], -1).contiguous()
         owner = torch.searchsorted(ends, place, right=True).clamp(max=sizes.shape[-1] - 1)
         rank = place - (ends - pieces).gather(2, owner)
         left = sizes.gather(2, owner) - rank * self.block
-        order = labels.argsort(dim=-1, stable=True)
         return Cut(Index(order), left.clamp(0, self.block), self.block), owner
