@@ -31,7 +31,7 @@ class Calibrated(Method):
     """A method with a field, named by `knob`, that is null or the original's own knob.
 
     Null: sparsity asks, and `calibration` (null: the file in conf/calibration) holds what meets it on average. Given:
-    it is used as it is, and the method stands at sparsity 0, since none was asked for.
+    it is used as it is, and sparsity must be 0, since none is asked for.
     """
 
     calibration: str | None = None
@@ -41,7 +41,7 @@ class Calibrated(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.asked:
-            self.sparsity = 0.0
+            self.in_place_of_sparsity(self.knob)
 
     @property
     def asked(self) -> bool:
@@ -81,7 +81,7 @@ class Calibrated(Method):
                         return
         grid = "x".join(map(str, what["grid"]))
         own = any(f.name == self.knob and f.init for f in dataclasses.fields(self))
-        given = f"give method.{self.knob} itself, or " if own else ""
+        given = f"give method.{self.knob} itself with sparsity=0, or " if own else ""
         raise ValueError(
             f"sparsity={self.sparsity:g} has no calibrated method.{self.knob} for {model.name} at {grid}, "
             f"{model.steps} steps, with these settings in {self.path}: {given}first run "

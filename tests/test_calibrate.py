@@ -50,8 +50,22 @@ def test_solve_measures_nothing_twice_and_refuses_what_is_out_of_reach():
         calibrate.solve(lambda value: 0.8 * (value < 1), 0.5, (0.0, 1.0), {})
 
 
+@pytest.mark.parametrize(
+    ("name", "knob", "value"),
+    [
+        ("svg2", "top_p", 0.9), ("xattention", "tau", 0.9), ("jenga", "p", 0.3), ("sparge", "cdf", 0.98),
+        ("efficient_vdit", "globals", 1), ("radial", "decay", 0.2), ("re_ttention", "window_sparsity", 0.9),
+    ],
+)  # fmt: skip
+def test_a_knob_beside_a_sparsity_is_refused(configured, name, knob, value):
+    given = [f"method={name}", f"method.{knob}={value}"]
+    with pytest.raises(ValueError, match=rf"^sparsity=0.75 and method.{knob}={value} both say how much is kept: give"):
+        configured(*given)
+    assert schema.method(configured(*given, "sparsity=0")).target == 0
+
+
 def test_a_given_knob_asks_for_no_sparsity_and_must_lie_between_its_ends():
-    method = XAttention(sparsity=0.75, tau=0.9)
+    method = XAttention(tau=0.9)
     assert (method.sparsity, method.target, method.value) == (0, 0, 0.9)
     assert XAttention(sparsity=0.0).value == 1
     with pytest.raises(ValueError, match=r"method.tau must be in \[0, 1\], got 1.5"):
@@ -143,7 +157,7 @@ def test_what_cannot_be_calibrated_is_refused(configured, knobbed, tmp_path, cap
     with pytest.raises(ValueError, match="method=draft takes its sparsity as it is"):
         calibrate.calibrate(configured("method=draft"), [0.5])
     with pytest.raises(ValueError, match=r"method.tau must be null to be calibrated, got 0.9"):
-        calibrate.calibrate(knobbed("method.tau=0.9"), [0.5])
+        calibrate.calibrate(knobbed("sparsity=0", "method.tau=0.9"), [0.5])
     (tmp_path / "found.yaml").write_text("a: 1\n")
     with pytest.raises(ValueError, match="is not a calibration file"):
         run.job(knobbed(), tmp_path / "out")
