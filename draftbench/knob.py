@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 
 Self = TypeVar("Self", bound="Calibrated")
 Identity = dict[str, Any]
+FARTHEST = 0.01  # a calibration that misses its sparsity by more is none
+
+
+class OutOfReach(ValueError):
+    """No value of the knob, no choice of masks, comes near to the sparsity."""
 
 
 @dataclass
@@ -127,6 +132,21 @@ class Searched(Calibrated):
     def option_plan(self, option: Option, q: Tensor, call: Call) -> Plan:
         """The plan in which every head has this mask."""
         raise NotImplementedError
+
+    def reach(self, grid: tuple[int, int, int], sparsity: float) -> None:
+        """Raise OutOfReach if no choice of masks can meet the sparsity at this grid, whatever their losses."""
+        drops = [1 - density for density in self.options(grid, sparsity).values()]
+        if not min(drops) - FARTHEST <= sparsity <= max(drops) + FARTHEST:
+            raise OutOfReach(
+                f"sparsity={sparsity:g} is out of reach of {name(self)} at {'x'.join(map(str, grid))}, "
+                f"where its masks drop {min(drops):.3f} to {max(drops):.3f}"
+            )
+
+    def meet(self, model: Model, parts: DenseParts) -> None:
+        """See `Calibrated.meet`; OutOfReach for what no calibration can find."""
+        if self.asked and self.sparsity != 0:
+            self.reach(model.grid, self.sparsity)
+        super().meet(model, parts)
 
     def pick(self, losses: Losses, grid: tuple[int, int, int], sparsity: float) -> tuple[Any, float]:
         """(What `found` will hold, the mean density that it keeps) from the losses of all its options."""
