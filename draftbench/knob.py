@@ -27,6 +27,14 @@ Identity = dict[str, Any]
 FARTHEST = 0.01  # a calibration that misses its sparsity by more is none
 
 
+class Uncalibrated(ValueError):
+    """Sparsities, a set, that have no calibration; reason: the whole message, with ??? for them."""
+
+    def __init__(self, reason: str, sparsities: set[float]):
+        super().__init__(reason.replace("???", ",".join(f"{x:g}" for x in sorted(sparsities))))
+        self.reason, self.sparsities = reason, sparsities
+
+
 class OutOfReach(ValueError):
     """No value of the knob, no choice of masks, comes near to the sparsity."""
 
@@ -73,7 +81,7 @@ class Calibrated(Method):
         return Path(self.calibration).expanduser() if self.calibration else own
 
     def meet(self, model: Model, parts: DenseParts) -> None:
-        """See `Method.meet`: read the value for this model, or raise ValueError that names the command."""
+        """See `Method.meet`: read the value for this model, or raise Uncalibrated that names the command."""
         if not self.asked or self.sparsity == 0:
             return
         what = identity(model, parts)
@@ -87,10 +95,11 @@ class Calibrated(Method):
         grid = "x".join(map(str, what["grid"]))
         own = any(f.name == self.knob and f.init for f in dataclasses.fields(self))
         given = f"give method.{self.knob} itself with sparsity=0, or " if own else ""
-        raise ValueError(
-            f"sparsity={self.sparsity:g} has no calibrated method.{self.knob} for {model.name} at {grid}, "
+        raise Uncalibrated(
+            f"sparsity=??? has no calibrated method.{self.knob} for {model.name} at {grid}, "
             f"{model.steps} steps, with these settings in {self.path}: {given}first run "
-            f"python -m draftbench.calibrate method={name(self)} sparsity={self.sparsity:g} (and your other overrides)"
+            f"python -m draftbench.calibrate method={name(self)} sparsity=??? (and your other overrides)",
+            {self.sparsity},
         )
 
 
