@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -652,6 +653,23 @@ def test_accelerate_is_the_same_hook_at_any_size(family, models):
         model.pipe(**larger, output_type="latent")
         assert session.meter.sparse_calls == (STEPS - 1) * calls
     assert state(model) == before
+
+
+def test_accelerate_in_the_repo_root_whose_folders_shadow_packages(folders):
+    code = (
+        "import sys, draftbench, torch\n"
+        "from diffusers import WanPipeline\n"
+        "pipe = WanPipeline.from_pretrained(sys.argv[1], torch_dtype=torch.float32)\n"
+        "method = draftbench.accelerate(pipe, method='sta', sparsity=0.5)\n"
+        "with method as session:\n"
+        f"    pipe('{SHORT}', num_frames=17, height=48, width=112, num_inference_steps=2, output_type='latent')\n"
+        "print(sys.path[0], session.meter.sparse_calls)"
+    )
+    variables = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}
+    given = dict(cwd=CONF.parent, env=variables, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, folders("wan21_1_3b")], **given)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == " 4\n"  # the working folder is on the path; two layers, two branches, one step
 
 
 def test_accelerate_names_what_it_cannot_take(model, monkeypatch):
