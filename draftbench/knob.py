@@ -62,6 +62,11 @@ class Calibrated(Method):
         return getattr(self, self.knob) is None
 
     @property
+    def givable(self) -> bool:
+        """Whether its knob can be given at all."""
+        return any(f.name == self.knob and f.init for f in dataclasses.fields(self))
+
+    @property
     def found(self) -> Any:
         """What was calibrated; raises ValueError if nothing was read."""
         if self.calibrated is None:
@@ -93,8 +98,7 @@ class Calibrated(Method):
                         self.calibrated = {key: row[key] for key in ("value", "achieved")} | source
                         return
         grid = "x".join(map(str, what["grid"]))
-        own = any(f.name == self.knob and f.init for f in dataclasses.fields(self))
-        given = f"give method.{self.knob} itself with sparsity=0, or " if own else ""
+        given = f"give method.{self.knob} itself with sparsity=0, or " if self.givable else ""
         raise Uncalibrated(
             f"sparsity=??? has no calibrated method.{self.knob} for {model.name} at {grid}, "
             f"{model.steps} steps, with these settings in {self.path}: {given}first run "

@@ -677,10 +677,19 @@ def test_accelerate_names_what_it_cannot_take(model, monkeypatch):
         draftbench.accelerate(Dense()).__enter__()
     with pytest.raises(ValueError, match=r"method must be one of dense, draft, .*, got 'darft'"):
         draftbench.accelerate(model.pipe, "darft").__enter__()
-    with pytest.raises(ValueError, match="OtherSeed changes seeds or steps"):
-        draftbench.accelerate(model.pipe, "other_seed").__enter__()
+    for name, kind in {"other_seed": "OtherSeed", "fewer_steps": "FewerSteps"}.items():
+        with pytest.raises(ValueError, match=f"{kind} changes seeds or steps"):
+            draftbench.accelerate(model.pipe, name).__enter__()
     with pytest.raises(ValueError, match=r"sparsity must be in \[0, 1\), got 1.5"):
         draftbench.accelerate(model.pipe, "draft", 1.5).__enter__()
+    with pytest.raises(
+        ValueError, match=r"method='svg2' at sparsity=0.9 needs a cal.*; give .*svg2.SVG2\(top_p=...\)$"
+    ):
+        draftbench.accelerate(model.pipe, "svg2").__enter__()
+    with pytest.raises(
+        ValueError, match=r"'sta_searched' at sparsity=0.5 needs a calibration, which one's own pipeline has not$"
+    ):
+        draftbench.accelerate(model.pipe, "sta_searched", 0.5).__enter__()
 
 
 def test_what_would_run_dense_or_wrong_is_refused_by_name(models, monkeypatch):
