@@ -219,6 +219,17 @@ def _write(path: Path, entry: dict[str, Any]) -> None:
         temporary.write_text(text + OmegaConf.to_yaml(OmegaConf.create([*entries, entry])), encoding="utf-8")
 
 
+def _numbers(text: str) -> list[float]:
+    """The sparsities of A,B,...; ValueError for what is none."""
+    try:
+        found = [float(x) for x in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < x < 1 for x in found):
+        raise ValueError(f"sparsity must be numbers in (0, 1), separated by commas, got {text}")
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: overrides as draftbench takes them, and sparsity=A,B,...; 2 for what is wrong or not met."""
     parser = argparse.ArgumentParser("python -m draftbench.calibrate", description=(__doc__ or "").splitlines()[0])
@@ -226,9 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments).overrides
     asked = [item.partition("=")[2] for item in given if item.startswith("sparsity=")]
     try:
-        sparsities = [float(x) for x in (asked or [SPARSITIES])[-1].split(",")]
-        if not all(0 < x < 1 for x in sparsities):
-            raise ValueError(f"sparsity must be numbers in (0, 1), got {asked[-1]}")
+        sparsities = _numbers((asked or [SPARSITIES])[-1])
         with initialize_config_module("draftbench.conf", version_base="1.3"):
             config = compose("calibrate", [item for item in given if not item.startswith("sparsity=")])
         schema.check(config)

@@ -177,8 +177,9 @@ def test_what_cannot_be_calibrated_is_refused(configured, knobbed, tmp_path, cap
     (tmp_path / "found.yaml").write_text("a: 1\n")
     with pytest.raises(ValueError, match="is not a calibration file"):
         run.job(knobbed(), tmp_path / "out")
-    assert calibrate.main(["method=draft", "sparsity=2"]) == 2
-    assert "sparsity must be numbers in (0, 1), got 2" in capsys.readouterr().err
+    for text in ("2", "abc", "0.5,"):
+        assert calibrate.main(["method=svg2", f"sparsity={text}"]) == 2
+        assert f"sparsity must be numbers in (0, 1), separated by commas, got {text}\n" in capsys.readouterr().err
 
 
 def test_the_shipped_files_use_prompts_and_seeds_of_no_table():
