@@ -211,6 +211,15 @@ class Method:
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
 
+    def in_place_of_sparsity(self, knob: str) -> None:
+        """Raise ValueError if a field, the original's own knob, is given beside a sparsity."""
+        given = getattr(self, knob)
+        if given is not None and self.sparsity != 0:
+            raise ValueError(
+                f"sparsity={self.sparsity:g} and method.{knob}={given} both say how much is kept: "
+                f"give method.{knob} with sparsity=0, or leave it null"
+            )
+
     def plan(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Plan:
         """Decide the plan of one call; q, k, v are [B, S, H, D], [video | text], after QK-norm and RoPE."""
         raise NotImplementedError

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from . import parts, records
 from .attention_tables import lacks, page
 from .cases import SHAPES, Case, Shape, dense_case, difference, sampled_error, sparse_cases, threads
-from .contest import Contest, first_line, names
+from .contest import Contest, first_line, names, runnable
 from .latency import quantiles
 from .models.pocket.prompts import tokens
 from .peers import Absent, Contestant, Ready, contestants
@@ -67,13 +67,7 @@ def shapes(config: DictConfig) -> list[str]:
         tokens(config.prompt)
     except ValueError as error:
         raise ValueError(f"bench.prompt: {error}") from error
-    cuda = torch.cuda.is_available()
-    here = [name for name, shape in SHAPES.items() if name != "tiny" and (cuda or shape.device == "cpu")]
-    chosen = names("bench.shapes", config.shapes, list(SHAPES), here)
-    for name in chosen:
-        if SHAPES[name].device == "cuda" and not cuda:
-            raise ValueError(f"bench.shapes: {name} needs a CUDA GPU, and torch sees none; here: {', '.join(here)}")
-    return chosen
+    return runnable("bench.shapes", config.shapes, SHAPES)
 
 
 def _fit(shape: str, known: dict[str, Contestant]) -> dict[str, Contestant]:

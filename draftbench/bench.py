@@ -20,6 +20,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from . import attention_bench, cli, method_bench, records, schema, step_bench
+from .cases import SHAPES
+from .contest import away
 from .environment import alone, drop_working_folder, resolve_device
 from .help import CONFIGS
 
@@ -44,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         _say(cli.message(error, argv, "bench"))
         return 2
+    for key, known in (("models", step_bench.CASES), ("shapes", SHAPES)):
+        if "all" in config.bench.get(key, ()) and (rest := away(known)):
+            _say(f"bench.{key}=all leaves out {', '.join(rest)}: torch sees no CUDA GPU")
     code = 0
     try:
         with alone(resolve_device("auto")):

@@ -26,17 +26,24 @@ from . import kernels, schema
 from .attention import Call, Request, Session
 from .environment import drop_working_folder
 from .kernels import dense
-from .knob import Calibrated, Knobbed, Losses, Option, Searched, identity, name, read, settings
+from .knob import (
+    FARTHEST,
+    Calibrated,
+    Knobbed,
+    Losses,
+    Option,
+    OutOfReach,
+    Searched,
+    identity,
+    name,
+    read,
+    settings,
+)
 from .records import replacing
 
 TOLERANCE = 0.003  # of the mean sparsity
-FARTHEST = 0.01  # a value that misses by more is no calibration
 ROUNDS = 20
 SPARSITIES = "0.5,0.75,0.9,0.95"
-
-
-class OutOfReach(ValueError):
-    """No value of the knob comes near to the sparsity."""
 
 
 def solve(
@@ -111,7 +118,8 @@ def calibrate(config: DictConfig, sparsities: Sequence[float]) -> Path:
     """Solve for each sparsity on the prompts and seeds of a checked config and write the file; returns its path.
 
     A row is written as it is found; one that the file has for the same prompts and seeds is not sought again. Raises
-    ValueError for a method without anything to calibrate, or whose knob is given.
+    ValueError for a method without anything to calibrate, or whose knob is given, and OutOfReach for sparsities that
+    cannot be met, when all others are found; before any work if that can be known of every one.
     """
     method = schema.method(config)
     if not isinstance(method, Calibrated):
@@ -131,6 +139,7 @@ def calibrate(config: DictConfig, sparsities: Sequence[float]) -> Path:
     if not wanted:
         return method.path
     method.sparsity = 0.5  # any but 0, at which nothing is asked
+    beyond: list[str] = []
 
     def generations(make: Callable[[], Session]) -> Iterator[Session]:
         for start in range(0, len(cells), config.batch):
@@ -162,6 +171,16 @@ def calibrate(config: DictConfig, sparsities: Sequence[float]) -> Path:
         known = {row["value"]: row["achieved"] for row in rows}
         find = functools.partial(solve, measure, ends=method.ends, known=known)
     elif isinstance(method, Searched):
+        for sparsity in list(wanted):
+            try:
+                method.reach(model.grid, sparsity)
+            except OutOfReach as error:
+                wanted.remove(sparsity)
+                beyond.append(str(error))
+        if not wanted:
+            raise OutOfReach("; ".join(beyond))
+        for reason in beyond:  # before the long generation
+            print(f"draftbench: left out: {reason}", file=sys.stderr)
         find = functools.partial(pick, method, searched(), model.grid)
     else:
         raise TypeError(f"{type(method).__name__} must be Knobbed or Searched")
@@ -169,9 +188,11 @@ def calibrate(config: DictConfig, sparsities: Sequence[float]) -> Path:
         try:
             value, achieved = find(sparsity=sparsity)
         except OutOfReach as error:
-            print(f"draftbench: {name(method)}: {error}; no row for it", file=sys.stderr)
+            beyond.append(str(error))
             continue
         _write(method.path, entry | {"rows": [{"sparsity": sparsity, "value": value, "achieved": round(achieved, 5)}]})
+    if beyond:
+        raise OutOfReach("; ".join(beyond))
     return method.path
 
 
@@ -198,16 +219,25 @@ def _write(path: Path, entry: dict[str, Any]) -> None:
         temporary.write_text(text + OmegaConf.to_yaml(OmegaConf.create([*entries, entry])), encoding="utf-8")
 
 
+def _numbers(text: str) -> list[float]:
+    """The sparsities of A,B,...; ValueError for what is none."""
+    try:
+        found = [float(x) for x in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < x < 1 for x in found):
+        raise ValueError(f"sparsity must be numbers in (0, 1), separated by commas, got {text}")
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line: overrides as draftbench takes them, and sparsity=A,B,...; 2 for what is wrong."""
+    """The command line: overrides as draftbench takes them, and sparsity=A,B,...; 2 for what is wrong or not met."""
     parser = argparse.ArgumentParser("python -m draftbench.calibrate", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("overrides", nargs="+", help=f"method=NAME, sparsity={SPARSITIES}, model=..., prompts=[...]")
     given = parser.parse_args(arguments).overrides
     asked = [item.partition("=")[2] for item in given if item.startswith("sparsity=")]
     try:
-        sparsities = [float(x) for x in (asked or [SPARSITIES])[-1].split(",")]
-        if not all(0 < x < 1 for x in sparsities):
-            raise ValueError(f"sparsity must be numbers in (0, 1), got {asked[-1]}")
+        sparsities = _numbers((asked or [SPARSITIES])[-1])
         with initialize_config_module("draftbench.conf", version_base="1.3"):
             config = compose("calibrate", [item for item in given if not item.startswith("sparsity=")])
         schema.check(config)

@@ -220,13 +220,26 @@ def _place(configs: list[DictConfig], sweep: bool) -> Jobs:
 
 
 def _check_models(configs: list[DictConfig]) -> None:
-    """`schema.check_job` once for each set of what it looks at; then each job's method meets its model."""
+    """`schema.check_job` once for each set of what it looks at; then each job's method meets its model.
+
+    Raises an ExceptionGroup of ValueErrors for all methods that cannot, with all their sparsities.
+    """
+    from .knob import Uncalibrated  # imports torch
+
     keys = ["model", "prompts", "device", "executor", "metrics", "lpips_net"]
     distinct = {OmegaConf.to_yaml(OmegaConf.masked_copy(config, keys), resolve=True): config for config in configs}
     models = {key: schema.check_job(config) for key, config in distinct.items()}
+    lacking: dict[str, set[float]] = {}
     for config in configs:
         key = OmegaConf.to_yaml(OmegaConf.masked_copy(config, keys), resolve=True)
-        schema.method(config).meet(models[key], schema.parts(config))
+        try:
+            schema.method(config).meet(models[key], schema.parts(config))
+        except Uncalibrated as error:
+            lacking.setdefault(error.reason, set()).update(error.sparsities)
+        except ValueError as error:
+            lacking.setdefault(str(error), set())
+    if lacking:
+        raise ExceptionGroup("methods that cannot run", [Uncalibrated(*one) for one in lacking.items()])
 
 
 def _claim(jobs: Jobs) -> None:
@@ -320,8 +333,10 @@ def _show_sweep(jobs: Jobs, rows: list[dict[str, Any]]) -> None:
 def message(error: BaseException, overrides: Sequence[str] = (), name: str = "config") -> str:
     """An error in a line or two that name the key, the value and what is allowed, without Hydra's advice for coders.
 
-    name: the config in draftbench.conf that the overrides are of.
+    name: the config in draftbench.conf that the overrides are of. Of a group of errors, a line each.
     """
+    if isinstance(error, ExceptionGroup):
+        return "\n".join(message(one) for one in error.exceptions)
     cause = error.__cause__
     if isinstance(error, OverrideParseException):
         line = error.override

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,25 @@ def names(key: str, given: Sequence[str], known: Sequence[str], everything: Sequ
         if name not in (*known, "all"):
             raise ValueError(f"{key} must be one of all, {', '.join(known)}, got {name!r}")
     return list(everything if "all" in given else given)
+
+
+def away(known: Mapping[str, Any]) -> list[str]:
+    """Those of the cases, each with a `device`, that need a GPU where there is none."""
+    return [] if torch.cuda.is_available() else [name for name, case in known.items() if case.device == "cuda"]
+
+
+def runnable(key: str, given: Sequence[str], known: Mapping[str, Any]) -> list[str]:
+    """As `names`, of cases; "all" are those that this machine can run.
+
+    ValueError for an unknown one, one that is asked for by name and cannot run here, or if none can.
+    """
+    here = [name for name in known if name not in ("tiny", *away(known))]
+    chosen = names(key, given, list(known), here)
+    if lacking := [name for name in chosen or known if name in away(known)]:
+        needs = "needs" if len(lacking) == 1 else "need"
+        rest = f"; here: {', '.join(here)}" if here else ""
+        raise ValueError(f"{key}: {', '.join(lacking)} {needs} a CUDA GPU, and torch sees none{rest}")
+    return chosen
 
 
 def first_line(error: BaseException) -> str:

@@ -24,6 +24,19 @@ if TYPE_CHECKING:
 
 Self = TypeVar("Self", bound="Calibrated")
 Identity = dict[str, Any]
+FARTHEST = 0.01  # a calibration that misses its sparsity by more is none
+
+
+class Uncalibrated(ValueError):
+    """Sparsities, a set, that have no calibration; reason: the whole message, with ??? for them."""
+
+    def __init__(self, reason: str, sparsities: set[float]):
+        super().__init__(reason.replace("???", ",".join(f"{x:g}" for x in sorted(sparsities))))
+        self.reason, self.sparsities = reason, sparsities
+
+
+class OutOfReach(ValueError):
+    """No value of the knob, no choice of masks, comes near to the sparsity."""
 
 
 @dataclass
@@ -31,7 +44,7 @@ class Calibrated(Method):
     """A method with a field, named by `knob`, that is null or the original's own knob.
 
     Null: sparsity asks, and `calibration` (null: the file in conf/calibration) holds what meets it on average. Given:
-    it is used as it is, and the method stands at sparsity 0, since none was asked for.
+    it is used as it is, and sparsity must be 0, since none is asked for.
     """
 
     calibration: str | None = None
@@ -41,12 +54,17 @@ class Calibrated(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.asked:
-            self.sparsity = 0.0
+            self.in_place_of_sparsity(self.knob)
 
     @property
     def asked(self) -> bool:
         """Whether a sparsity asks for a value of the knob; the original's floors hold only where its knob is given."""
         return getattr(self, self.knob) is None
+
+    @property
+    def givable(self) -> bool:
+        """Whether its knob can be given at all."""
+        return any(f.name == self.knob and f.init for f in dataclasses.fields(self))
 
     @property
     def found(self) -> Any:
@@ -68,7 +86,7 @@ class Calibrated(Method):
         return Path(self.calibration).expanduser() if self.calibration else own
 
     def meet(self, model: Model, parts: DenseParts) -> None:
-        """See `Method.meet`: read the value for this model, or raise ValueError that names the command."""
+        """See `Method.meet`: read the value for this model, or raise Uncalibrated that names the command."""
         if not self.asked or self.sparsity == 0:
             return
         what = identity(model, parts)
@@ -80,12 +98,12 @@ class Calibrated(Method):
                         self.calibrated = {key: row[key] for key in ("value", "achieved")} | source
                         return
         grid = "x".join(map(str, what["grid"]))
-        own = any(f.name == self.knob and f.init for f in dataclasses.fields(self))
-        given = f"give method.{self.knob} itself, or " if own else ""
-        raise ValueError(
-            f"sparsity={self.sparsity:g} has no calibrated method.{self.knob} for {model.name} at {grid}, "
+        given = f"give method.{self.knob} itself with sparsity=0, or " if self.givable else ""
+        raise Uncalibrated(
+            f"sparsity=??? has no calibrated method.{self.knob} for {model.name} at {grid}, "
             f"{model.steps} steps, with these settings in {self.path}: {given}first run "
-            f"python -m draftbench.calibrate method={name(self)} sparsity={self.sparsity:g} (and your other overrides)"
+            f"python -m draftbench.calibrate method={name(self)} sparsity=??? (and your other overrides)",
+            {self.sparsity},
         )
 
 
@@ -127,6 +145,21 @@ class Searched(Calibrated):
     def option_plan(self, option: Option, q: Tensor, call: Call) -> Plan:
         """The plan in which every head has this mask."""
         raise NotImplementedError
+
+    def reach(self, grid: tuple[int, int, int], sparsity: float) -> None:
+        """Raise OutOfReach if no choice of masks can meet the sparsity at this grid, whatever their losses."""
+        drops = [1 - density for density in self.options(grid, sparsity).values()]
+        if not min(drops) - FARTHEST <= sparsity <= max(drops) + FARTHEST:
+            raise OutOfReach(
+                f"sparsity={sparsity:g} is out of reach of {name(self)} at {'x'.join(map(str, grid))}, "
+                f"where its masks drop {min(drops):.3f} to {max(drops):.3f}"
+            )
+
+    def meet(self, model: Model, parts: DenseParts) -> None:
+        """See `Calibrated.meet`; OutOfReach for what no calibration can find."""
+        if self.asked and self.sparsity != 0:
+            self.reach(model.grid, self.sparsity)
+        super().meet(model, parts)
 
     def pick(self, losses: Losses, grid: tuple[int, int, int], sparsity: float) -> tuple[Any, float]:
         """(What `found` will hold, the mean density that it keeps) from the losses of all its options."""

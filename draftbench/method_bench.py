@@ -24,12 +24,12 @@ from draftbench.kernels import resolve, run
 from . import records, schema
 from .attention import Call, Executor, Meter, Method, Plan
 from .attention_bench import RULE, TOLERANCE, Entry, check, in_turn, second_call, shapes, stopwatch, timings, unsteady
-from .calibrate import OutOfReach, solve
+from .calibrate import solve
 from .cases import SHAPES, Case, Shape, dense_case, no_executor, threads
 from .contest import Contest, first_line, names
 from .estimate_tables import lacks, page
 from .help import CONFIGS, options
-from .knob import Knobbed, Losses, Searched
+from .knob import Knobbed, Losses, OutOfReach, Searched
 from .latency import quantiles
 from .parts import now
 from .peers import Ready

@@ -12,7 +12,8 @@ def expand(text: str) -> list[str]:
     """The prompts that `text` stands for.
 
     The name of a suite gives its lines; "FILE.csv:COLUMN" that column, empty cells left out; any other text is one
-    prompt. Raises ValueError, naming the file and its columns, for a CSV file that cannot be read or lacks the column.
+    prompt. Raises ValueError, naming the file and its columns, for a CSV file that cannot be read or lacks the column,
+    or any text in it.
     """
     suite = SUITES / f"{text}.txt"
     if text in suites():
@@ -26,7 +27,9 @@ def expand(text: str) -> list[str]:
             rows = csv.DictReader(file)
             if column not in (rows.fieldnames or ()):
                 raise ValueError(f"prompts: {name} has no column {column!r}; it has {', '.join(rows.fieldnames or ())}")
-            return [row[column].strip() for row in rows if (row[column] or "").strip()]
+            if not (found := [row[column].strip() for row in rows if (row[column] or "").strip()]):
+                raise ValueError(f"prompts: {name} has no text in its column {column!r}")
+            return found
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"prompts: cannot read {name}: {getattr(error, 'strerror', None) or error}") from error
 

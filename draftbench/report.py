@@ -58,7 +58,7 @@ def page(runs: Sequence[Path], limit: int) -> tuple[str, str]:
     everything = [(path, row) for path in records.files(runs) for row in records.parse(path, damaged)]
     found = [(path, row) for path, row in everything if row["kind"] == "cell"]
     if not found:
-        raise ValueError(f"there are no records of cells under {', '.join(map(str, runs))}")
+        raise ValueError("; ".join([f"there are no records of cells under {', '.join(map(str, runs))}", *damaged]))
     rows = [row for _, row in found]
     media = Media()
     data: Row = {

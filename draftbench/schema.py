@@ -251,6 +251,8 @@ def check_job(config: DictConfig) -> Model:
         raise ImportError("diagnostics=true draws with matplotlib: pip install 'draftbench[figures]'")
     made = model(config)
     made.check(list(config.prompts))
+    if config.diagnostics and (step := config.maps.step) is not None and step >= made.steps:
+        raise ValueError(f"maps.step must be null or below model.steps={made.steps}, got {step}")
     resolve(config.executor, made.device)
     return made
 

@@ -35,7 +35,7 @@ from draftbench.kernels import fa4, resolve, run
 from . import parts, records, schema
 from .attention import DenseParts, Meter, Method, Plan, Request, Session
 from .cases import threads
-from .contest import Contest, first_line, names
+from .contest import Contest, first_line, runnable
 from .help import CONFIGS, options
 from .knob import Calibrated
 from .latency import Timer, Timing, quantiles
@@ -109,13 +109,9 @@ def plan(config: DictConfig) -> Jobs:
     ValueError for an unknown one, a model that this machine cannot run, methods without a dense kernel to compare with,
     or one whose work depends on the data, which is random here.
     """
-    cuda = torch.cuda.is_available()
-    here = [name for name, case in CASES.items() if name != "tiny" and (cuda or case.device == "cpu")]
     jobs = []
-    for name in names("bench.models", config.models, list(CASES), here):
+    for name in runnable("bench.models", config.models, CASES):
         case = CASES[name]
-        if case.device == "cuda" and not cuda:
-            raise ValueError(f"bench.models: {name} needs a CUDA GPU, and torch sees none")
         sparsities = case.sparsities if config.sparsities is None else config.sparsities
         layers = (0, case.layers) if config.layers is None else config.layers
         dense = [Contestant(one) for one in KERNELS if one in config.methods]

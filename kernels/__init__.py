@@ -10,14 +10,15 @@ from __future__ import annotations
 import importlib
 import os
 
+# No relative imports: transformers looks for a package `kernels`, which is this folder for a `python` in the repo root.
 import torch
 from draftbench.kernels import fa4, gluon, operators
 from draftbench.kernels.devices import needs_triton
 from draftbench.kernels.operators import NAMES
 from torch import Tensor
 
-from ..attention import Plan
-from ..layout import Layout
+from draftbench.attention import Plan
+from draftbench.layout import Layout
 
 
 def resolve(name: str, device: torch.device) -> str:

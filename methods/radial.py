@@ -33,7 +33,7 @@ CHUNK = {"cpu": 2**18}  # (query block, key) pairs at a time; elsewhere 2^24
 
 @dataclass
 class Radial(Method):
-    """decay: the original's knob (.95 for HunyuanVideo, .2 for Wan), of at least 0; if given, sparsity asks nothing.
+    """decay: the original's knob (.95 for HunyuanVideo, .2 for Wan), of at least 0; if given, sparsity must be 0.
 
     block: tokens; first_frame_sink keeps the first frame's columns too.
     """
@@ -44,10 +44,9 @@ class Radial(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.decay is not None:
-            if self.decay < 0:
-                raise ValueError(f"method.decay must be null or at least 0, got {self.decay}")
-            self.sparsity = 0.0
+        if self.decay is not None and self.decay < 0:
+            raise ValueError(f"method.decay must be null or at least 0, got {self.decay}")
+        self.in_place_of_sparsity("decay")
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Plan:
         """See `Method.plan`; the mask depends on the grid alone."""

@@ -43,8 +43,8 @@ THINNEST = 1 / 32  # a window's density
 
 @dataclass
 class ReTtention(Method):
-    """window_sparsity: the original's knob, the share that the window drops (.969 there); if given, sparsity asks
-    nothing and the period is as it is. period: steps from one full one to the next, at least; growth: of rho, a step;
+    """window_sparsity: the original's knob, the share that the window drops (.969 there); if given, sparsity must
+    be 0 and the period is as it is. period: steps from one full one to the next, at least; growth: of rho, a step;
     block: tokens."""
 
     window_sparsity: float | None = None
@@ -59,10 +59,9 @@ class ReTtention(Method):
                 raise ValueError(f"method.{key} must be at least 1, got {getattr(self, key)}")
         if self.growth < 0:
             raise ValueError(f"method.growth must be at least 0, got {self.growth}")
-        if self.window_sparsity is not None:
-            if not 0 <= self.window_sparsity < 1:
-                raise ValueError(f"method.window_sparsity must be null or in [0, 1), got {self.window_sparsity}")
-            self.sparsity = 0.0
+        if self.window_sparsity is not None and not 0 <= self.window_sparsity < 1:
+            raise ValueError(f"method.window_sparsity must be null or in [0, 1), got {self.window_sparsity}")
+        self.in_place_of_sparsity("window_sparsity")
 
     def meet(self, model: Model, parts: DenseParts) -> None:
         """See `Method.meet`: whether the sparsity can be met in the model's steps."""
@@ -84,7 +83,8 @@ class ReTtention(Method):
                 return period, left / (active - full)
         raise ValueError(
             f"sparsity={self.sparsity:g} is out of re_ttention's reach in {active} active steps, one of which is full: "
-            f"its window must keep {THINNEST:g} or more; give more steps, less sparsity or method.window_sparsity"
+            f"its window must keep {THINNEST:g} or more; give more steps, less sparsity, or method.window_sparsity "
+            f"with sparsity=0"
         )
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Plan:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from draftbench.kernels import reference
 
-from draftbench import attention_bench, attention_tables, bench, cases, kernels, peers, records, tables
+from draftbench import attention_bench, attention_tables, bench, cases, contest, kernels, peers, records, tables
 from draftbench.cases import SHAPES, Shape
 from draftbench.peers import Absent, Contestant, Ready
 
@@ -606,3 +606,15 @@ def test_a_line_is_whole(tmp_path):
         records.append({"x": float("nan")}, path)
     with pytest.raises(OSError, match="cannot write"):
         records.append({}, tmp_path / "none" / "rows.jsonl")
+
+
+def test_all_shapes_are_those_that_this_machine_can_run_and_the_others_are_told(monkeypatch, capsys, tmp_path):
+    away = "hunyuan_768p, hunyuan_720p, wan_768p, wan_480p, sta_768p"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert contest.runnable("bench.shapes", ["all"], cases.SHAPES) == [*away.split(", "), "cpu"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert contest.runnable("bench.shapes", ["all"], cases.SHAPES) == ["cpu"]
+    seen = []
+    monkeypatch.setattr(attention_bench.Bench, "run", lambda self, jobs: seen.extend(shape for shape, _ in jobs))
+    assert bench.main(["bench.shapes=all", f"hydra.run.dir={tmp_path}/run"]) == 0 and seen == ["cpu"]
+    assert capsys.readouterr().err == f"draftbench: bench.shapes=all leaves out {away}: torch sees no CUDA GPU\n"

@@ -12,7 +12,7 @@ from draftbench.methods.xattention import XAttention
 
 from draftbench import calibrate, kernels, run, schema
 from draftbench.attention import DenseParts
-from draftbench.knob import read
+from draftbench.knob import FARTHEST, OutOfReach, read
 from draftbench.layout import Layout
 
 ROOT = Path(__file__).parent.parent
@@ -44,14 +44,28 @@ def test_solve_measures_nothing_twice_and_refuses_what_is_out_of_reach():
     for sparsity in (0.2, 0.5, 0.7):
         calibrate.solve(measure, sparsity, (0.0, 1.0), known)
     assert len(set(asked)) == len(asked)
-    with pytest.raises(calibrate.OutOfReach, match=r"sparsity=0.9 is out of reach: the knob at 0 gives 0.800"):
+    with pytest.raises(OutOfReach, match=r"sparsity=0.9 is out of reach: the knob at 0 gives 0.800"):
         calibrate.solve(measure, 0.9, (0.0, 1.0), known)
-    with pytest.raises(calibrate.OutOfReach, match=r"the nearest is 0.8"):  # nothing lies between all and .8
+    with pytest.raises(OutOfReach, match=r"the nearest is 0.8"):  # nothing lies between all and .8
         calibrate.solve(lambda value: 0.8 * (value < 1), 0.5, (0.0, 1.0), {})
 
 
+@pytest.mark.parametrize(
+    ("name", "knob", "value"),
+    [
+        ("svg2", "top_p", 0.9), ("xattention", "tau", 0.9), ("jenga", "p", 0.3), ("sparge", "cdf", 0.98),
+        ("efficient_vdit", "globals", 1), ("radial", "decay", 0.2), ("re_ttention", "window_sparsity", 0.9),
+    ],
+)  # fmt: skip
+def test_a_knob_beside_a_sparsity_is_refused(configured, name, knob, value):
+    given = [f"method={name}", f"method.{knob}={value}"]
+    with pytest.raises(ValueError, match=rf"^sparsity=0.75 and method.{knob}={value} both say how much is kept: give"):
+        configured(*given)
+    assert schema.method(configured(*given, "sparsity=0")).target == 0
+
+
 def test_a_given_knob_asks_for_no_sparsity_and_must_lie_between_its_ends():
-    method = XAttention(sparsity=0.75, tau=0.9)
+    method = XAttention(tau=0.9)
     assert (method.sparsity, method.target, method.value) == (0, 0, 0.9)
     assert XAttention(sparsity=0.0).value == 1
     with pytest.raises(ValueError, match=r"method.tau must be in \[0, 1\], got 1.5"):
@@ -92,10 +106,12 @@ def test_a_search_tries_every_mask_on_the_dense_trajectory(configured, tmp_path,
     with pytest.raises(ValueError, match=rf"first run python -m draftbench.calibrate method={name} sparsity=0"):
         run.job(configured(*where), tmp_path / "before")
     config = configured(*where, "prompts=[walk forward in the lamp hall,turn left]", "seeds=[7]", "batch=1")
-    calibrate.calibrate(config, [sparsity, 0.99])
-    assert "sparsity=0.99 is out of reach" in capsys.readouterr().err
+    with pytest.raises(OutOfReach, match=f"^sparsity=0.99 is out of reach of {name} at 5x8x12, where its masks drop 0"):
+        calibrate.calibrate(config, [sparsity, 0.99])
+    said = capsys.readouterr().err
+    assert said.index("left out: sparsity=0.99 is out of reach") < said.index("masks at every call")
     ((row,),) = ([*entry["rows"]] for entry in read(path))
-    assert abs(row["achieved"] - sparsity) <= calibrate.FARTHEST
+    assert abs(row["achieved"] - sparsity) <= FARTHEST
     assert row["value"]["layers"] == [0, 1]
     if name == "sta_searched":
         assert row["value"]["steps"] == [1, 2, 3] and all(len(picks.split()) == 2 for picks in row["value"]["picks"])
@@ -105,6 +121,20 @@ def test_a_search_tries_every_mask_on_the_dense_trajectory(configured, tmp_path,
     changed = path.stat().st_mtime_ns
     calibrate.calibrate(config, [sparsity])  # it is there
     assert path.stat().st_mtime_ns == changed
+
+
+@pytest.mark.parametrize(  # the diagonal of 5 frames keeps a fifth
+    ("name", "drop"), [("sta_searched", "drop 0"), ("efficient_vdit", "drop 0.000 to 0.800")]
+)
+def test_what_no_search_can_meet_is_said_to_be_out_of_reach(configured, tmp_path, monkeypatch, name, drop):
+    """By a run, in place of a call to calibrate, and by calibrate before it generates anything."""
+    config = configured(f"method={name}", f"method.calibration={tmp_path}/found.yaml", "sparsity=0.99")
+    monkeypatch.setattr(calibrate, "Search", None)
+    for attempt in (lambda: run.job(config, tmp_path / "run"), lambda: calibrate.calibrate(config, [0.98, 0.99])):
+        with pytest.raises(
+            OutOfReach, match=rf"sparsity=0.99 is out of reach of {name} at 5x8x12, where its masks {drop}"
+        ):
+            attempt()
 
 
 def test_a_searchs_losses_are_the_relative_errors_of_the_heads(configured, tmp_path):
@@ -143,12 +173,13 @@ def test_what_cannot_be_calibrated_is_refused(configured, knobbed, tmp_path, cap
     with pytest.raises(ValueError, match="method=draft takes its sparsity as it is"):
         calibrate.calibrate(configured("method=draft"), [0.5])
     with pytest.raises(ValueError, match=r"method.tau must be null to be calibrated, got 0.9"):
-        calibrate.calibrate(knobbed("method.tau=0.9"), [0.5])
+        calibrate.calibrate(knobbed("sparsity=0", "method.tau=0.9"), [0.5])
     (tmp_path / "found.yaml").write_text("a: 1\n")
     with pytest.raises(ValueError, match="is not a calibration file"):
         run.job(knobbed(), tmp_path / "out")
-    assert calibrate.main(["method=draft", "sparsity=2"]) == 2
-    assert "sparsity must be numbers in (0, 1), got 2" in capsys.readouterr().err
+    for text in ("2", "abc", "0.5,"):
+        assert calibrate.main(["method=svg2", f"sparsity={text}"]) == 2
+        assert f"sparsity must be numbers in (0, 1), separated by commas, got {text}\n" in capsys.readouterr().err
 
 
 def test_the_shipped_files_use_prompts_and_seeds_of_no_table():

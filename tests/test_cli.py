@@ -13,6 +13,7 @@ import pytest
 
 import draftbench
 from draftbench import cli, records, schema
+from draftbench.knob import OutOfReach, Uncalibrated
 
 ROOT = Path(__file__).parent.parent
 CONF = ROOT / "conf"
@@ -265,6 +266,26 @@ def test_a_model_is_asked_once_for_each_config_of_its_own(jobs, capsys, monkeypa
     monkeypatch.setattr(schema, "check_job", refuse)
     jobs.clear()
     assert fails(capsys, []) == "no such weights: w.safetensors"
+    assert not jobs
+
+
+def test_all_methods_that_cannot_run_are_named_before_the_first_job(jobs, capsys, monkeypatch):
+    from draftbench.attention import Method
+
+    def meet(self, model, parts):
+        name = type(self).__name__.lower()
+        if name == "sta" and self.sparsity > 0.8:
+            raise OutOfReach(f"sparsity={self.sparsity:g} is out of reach of sta")
+        if name in ("svg", "radial"):
+            raise Uncalibrated(f"sparsity=??? of {name} needs calibrate sparsity=???", {self.sparsity})
+
+    monkeypatch.setattr(Method, "meet", meet)
+    assert cli.main(["-m", "method=draft,svg,sta,radial", "sparsity=0.9,0.5"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "draftbench: sparsity=0.5,0.9 of svg needs calibrate sparsity=0.5,0.9",
+        "sparsity=0.9 is out of reach of sta",
+        "sparsity=0.5,0.9 of radial needs calibrate sparsity=0.5,0.9",
+    ]
     assert not jobs
 
 

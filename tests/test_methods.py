@@ -15,7 +15,7 @@ from draftbench.methods import sta
 
 from draftbench import calibrate
 from draftbench.attention import DenseParts, Meter, Method, Request, Session, count_pairs
-from draftbench.knob import Calibrated, Searched
+from draftbench.knob import Calibrated, OutOfReach, Searched
 from draftbench.layout import Box, Layout, box_order, box_sizes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -52,7 +52,7 @@ def calibrated(name, sparsity, grid):
     if isinstance(method, Searched):
         try:
             return calibrate.pick(method, losses(name, grid), grid, sparsity)[0]
-        except calibrate.OutOfReach as error:
+        except OutOfReach as error:
             skip(name, sparsity, error)
 
     def measure(value):
@@ -60,7 +60,7 @@ def calibrated(name, sparsity, grid):
 
     try:
         return calibrate.solve(measure, sparsity, method.ends, measured.setdefault((name, grid), {}))[0]
-    except calibrate.OutOfReach as error:
+    except OutOfReach as error:
         skip(name, sparsity, error)
 
 

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -654,15 +655,41 @@ def test_accelerate_is_the_same_hook_at_any_size(family, models):
     assert state(model) == before
 
 
+def test_accelerate_in_the_repo_root_whose_folders_shadow_packages(folders):
+    code = (
+        "import sys, draftbench, torch\n"
+        "from diffusers import WanPipeline\n"
+        "pipe = WanPipeline.from_pretrained(sys.argv[1], torch_dtype=torch.float32)\n"
+        "method = draftbench.accelerate(pipe, method='sta', sparsity=0.5)\n"
+        "with method as session:\n"
+        f"    pipe('{SHORT}', num_frames=17, height=48, width=112, num_inference_steps=2, output_type='latent')\n"
+        "print(sys.path[0], session.meter.sparse_calls)"
+    )
+    variables = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}
+    given = dict(cwd=CONF.parent, env=variables, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, folders("wan21_1_3b")], **given)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == " 4\n"  # the working folder is on the path; two layers, two branches, one step
+
+
 def test_accelerate_names_what_it_cannot_take(model, monkeypatch):
     with pytest.raises(ValueError, match=r"pipe must be one of CogVideoXPipeline, .*, WanPipeline, got Dense"):
         draftbench.accelerate(Dense()).__enter__()
     with pytest.raises(ValueError, match=r"method must be one of dense, draft, .*, got 'darft'"):
         draftbench.accelerate(model.pipe, "darft").__enter__()
-    with pytest.raises(ValueError, match="OtherSeed changes seeds or steps"):
-        draftbench.accelerate(model.pipe, "other_seed").__enter__()
+    for name, kind in {"other_seed": "OtherSeed", "fewer_steps": "FewerSteps"}.items():
+        with pytest.raises(ValueError, match=f"{kind} changes seeds or steps"):
+            draftbench.accelerate(model.pipe, name).__enter__()
     with pytest.raises(ValueError, match=r"sparsity must be in \[0, 1\), got 1.5"):
         draftbench.accelerate(model.pipe, "draft", 1.5).__enter__()
+    with pytest.raises(
+        ValueError, match=r"method='svg2' at sparsity=0.9 needs a cal.*; give .*svg2.SVG2\(top_p=...\)$"
+    ):
+        draftbench.accelerate(model.pipe, "svg2").__enter__()
+    with pytest.raises(
+        ValueError, match=r"'sta_searched' at sparsity=0.5 needs a calibration, which one's own pipeline has not$"
+    ):
+        draftbench.accelerate(model.pipe, "sta_searched", 0.5).__enter__()
 
 
 def test_what_would_run_dense_or_wrong_is_refused_by_name(models, monkeypatch):
@@ -858,8 +885,8 @@ def test_a_job_with_random_weights_writes_latencies_and_says_why_no_quality(tmp_
     assert {path.suffix for path in (tmp_path / "run").glob("0*")} == set()
     assert "no quality, videos or diagnostics: model.weights=random" in capsys.readouterr().err
     assert record["labels"] is None
-    own = [one for one in given if one != "method=draft"] + ["method=xattention", "method.tau=0.5", "method.block=8"]
+    own = [one for one in given if one != "method=draft"] + ["method=xattention", "method.block=8"]
     folders = [f"cache={tmp_path / 'cache'}", f"hydra.run.dir={tmp_path / 'own'}"]
-    assert main([*own, *size, "device=cpu", "tracking=disabled", *folders]) == 0
+    assert main([*own, *size, "sparsity=0", "method.tau=0.5", "device=cpu", "tracking=disabled", *folders]) == 0
     record = records.read(tmp_path / "own" / "record.json")  # a knob of its own keeps what the data say
     assert record["status"] == "ok" and record["labels"] == {"density": "of random weights"}

@@ -27,6 +27,9 @@ def test_a_csv_column(tmp_path):
         expand(f"{path}:name")
     with pytest.raises(ValueError, match=r"prompts: cannot read .*none.csv: No such file"):
         expand(f"{tmp_path / 'none.csv'}:text")
+    path.write_text("id,text\n1,\n")
+    with pytest.raises(ValueError, match=r"prompts: .*some.csv has no text in its column 'text'"):
+        expand(f"{path}:text")
 
 
 @pytest.mark.parametrize("text", ["a cat", "dozens", "look: a cat", "a.csv", "../suites/dozen"])
@@ -51,7 +54,7 @@ def test_configs_take_all_three(tmp_path):
     with pytest.raises(ValueError, match=r"prompts must be .* got 'a cat' twice"):
         prompts(f"'{path}:text'")
     path.write_text("text\n")
-    with pytest.raises(ValueError, match=r"prompts must be a non-empty list .* got \[\]"):
+    with pytest.raises(ValueError, match=r"some.csv has no text in its column 'text'"):
         prompts(f"'{path}:text'")
 
 

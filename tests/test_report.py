@@ -76,6 +76,13 @@ def test_a_page_over_its_limit_samples_the_clips_and_says_so(sweep, capsys):
     assert data(none)["clips"] == [] and shown.startswith("0 of 4 clips") and len(data(none)["cells"]["rows"]) == 6
 
 
+def test_nothing_but_damaged_records_is_refused_and_named(tmp_path, capsys):
+    (tmp_path / "record.json").write_text("garbage")
+    assert report.main([str(tmp_path)]) == 2
+    assert "there are no records of cells under" in (said := capsys.readouterr().err)
+    assert f"{tmp_path / 'record.json'} is not a draftbench record" in said
+
+
 def test_a_damaged_record_is_left_out_and_named(sweep):
     (sweep / "1" / "record_001.json").write_text("{")
     found = data(report.page([sweep], 10**7)[0])

@@ -193,3 +193,10 @@ def test_check_job_looks_at_device_executor_and_lpips_weights(fake, monkeypatch,
     with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
         schema.check_job(fake(lpips_net="vgg"))
     schema.check_job(fake(lpips_net="vgg", metrics=["psnr_db"]))
+
+
+def test_maps_of_a_step_that_is_never_made_are_refused_before_work(default):
+    change = {"diagnostics": True, "maps.step": default.model.steps, "device": "cpu"}
+    with pytest.raises(ValueError, match=rf"^maps.step must be null or below model.steps={default.model.steps}, got "):
+        schema.check_job(changed(default, change))
+    schema.check_job(changed(default, change | {"maps.step": default.model.steps - 1}))

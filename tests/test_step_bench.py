@@ -223,6 +223,10 @@ def test_stock_and_dense_compute_the_same(one_thread, monkeypatch):
     ("argument", "message"),
     [
         ("bench.models=hunyuan_768p", "bench.models: hunyuan_768p needs a CUDA GPU, and torch sees none"),
+        (
+            "bench.models=[all]",
+            "bench.models: hunyuan_768p, hunyuan_512p, wan14b_768p, wan14b_480p need a CUDA GPU, and torch sees none",
+        ),
         ("bench.models=[x]", "bench.models must be one of all, hunyuan_768p, "),
         ("bench.methods=[draft]", "bench.methods must have a dense one to compare with (fa4, cudnn, sdpa)"),
         ("bench.methods=[sdpa,nope]", "bench.methods must be of stock, fa4, cudnn, sdpa, dense, draft, "),
@@ -241,6 +245,7 @@ def test_stock_and_dense_compute_the_same(one_thread, monkeypatch):
 )
 def test_bad_input_is_refused_in_a_line(argument, message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench.main([*TINY, argument]) == 2
     error = capsys.readouterr().err
     assert error.startswith("draftbench: ") and message in error and error.count("\n") == 1

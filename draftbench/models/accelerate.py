@@ -12,6 +12,7 @@ from draftbench.kernels import dense as dense_kernel
 from draftbench.kernels import resolve, run
 
 from ..attention import DenseParts, Method, Session
+from ..knob import Calibrated, name
 from .hook import Hook
 
 # The class of a pipeline, and where its hook is; named here so that no family is imported for another.
@@ -35,34 +36,39 @@ def accelerate(
     pipe: one of `HOOKS`, at any size that it takes. method: a name in methods/ with its default settings at `sparsity`,
     or a method made with its own. dense: the steps and layers that stay dense, by default the first quarter of the
     steps. executor: as in conf/config.yaml. Gives the session, whose `meter` has the sparsity of the last call.
-    Raises ValueError, naming what is allowed, for another pipeline, one on several devices, or a wrong argument;
-    RuntimeError for an executor that can't run here.
+    Raises ValueError, naming what is allowed, for another pipeline, one on several devices, a wrong argument or a
+    method that must be calibrated; RuntimeError for an executor that can't run here.
     """
-    name = type(pipe).__name__
-    if name not in HOOKS:
-        raise ValueError(f"pipe must be one of {', '.join(HOOKS)}, got {name}")
-    module, _, kind = HOOKS[name].partition(".")
-    hook: type[Hook] = getattr(importlib.import_module(f".{module}", __package__), kind)
-    chosen = made(method, sparsity) if isinstance(method, str) else method
-    if chosen.changes_request:
-        raise ValueError(f"method={type(chosen).__name__} changes seeds or steps, which are not the hook's to change")
+    family = type(pipe).__name__
+    if family not in HOOKS:
+        raise ValueError(f"pipe must be one of {', '.join(HOOKS)}, got {family}")
+    module, _, hooked = HOOKS[family].partition(".")
+    hook: type[Hook] = getattr(importlib.import_module(f".{module}", __package__), hooked)
+    kind = named(method) if isinstance(method, str) else type(method)
+    if kind.request is not Method.request:
+        raise ValueError(f"method={kind.__name__} changes seeds or steps, which are not the hook's to change")
+    chosen = kind(sparsity=sparsity) if isinstance(method, str) else method
+    if isinstance(chosen, Calibrated) and chosen.asked and chosen.sparsity and not chosen.calibrated:
+        file, own = name(chosen), f"{kind.__name__}({chosen.knob}=...)"
+        raise ValueError(
+            f"method={file!r} at sparsity={chosen.sparsity:g} needs a calibration, which one's own pipeline has not"
+            f"{f'; give draftbench.methods.{file}.{own}' if chosen.givable else ''}"
+        )
     plans = run(resolve(executor, pipe._execution_device))
     session = Session(chosen, plans, dense_kernel.run, dense or DenseParts())
     with hook(pipe, session).patched():
         yield session
 
 
-def made(name: str, sparsity: float) -> Method:
+def named(given: str) -> type[Method]:
     """A method by the name of its file in methods/; ValueError with the known ones for another."""
     methods = importlib.import_module("draftbench.methods")
-
     known = sorted(path.stem for path in Path(methods.__path__[0]).glob("*.py") if path.stem != "__init__")
-    if name not in known:
-        raise ValueError(f"method must be one of {', '.join(known)}, got {name!r}")
-    module = importlib.import_module(f"{methods.__name__}.{name}")
+    if given not in known:
+        raise ValueError(f"method must be one of {', '.join(known)}, got {given!r}")
+    module = importlib.import_module(f"{methods.__name__}.{given}")
     (kind,) = (
         kind for kind in vars(module).values()
         if isinstance(kind, type) and issubclass(kind, Method) and kind.__module__ == module.__name__
     )  # fmt: skip
-    result: Method = kind(sparsity=sparsity)
-    return result
+    return kind
