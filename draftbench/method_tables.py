@@ -1,7 +1,8 @@
 """Tables of records of kind "cell": methods by sparsity, the spread between clips, by warm-up, contrasts, diagnostics.
 
 One row a method at a setting (share of dense first steps, sparsity), means over clips with their intervals. A table
-never mixes devices, versions, weights or grids, nor clips that a calibration used: it refuses.
+never mixes devices, versions, weights, grids or dense clips, nor clips that a calibration used: it refuses. Methods of
+several commits may stand in one if nothing was timed and their dense clips are the same bytes.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import numpy as np
 
 from .bootstrap import estimate
 from .contrasts import METRICS, Cells, Contrasts, Row, Setting, by_prompt, contrasts, labels
-from .tabular import Column, Page, Table, check_alike, versions
+from .tabular import Column, Page, Table, check_alike, ok, versions
 
 SAME = (
-    "device", "versions", "weights_hash", "grid", "model", "model_settings", "dense", "executor", "batch", "commit",
+    "device", "versions", "weights_hash", "grid", "model", "model_settings", "dense", "executor", "batch",
 )  # fmt: skip
-ALIKE = ("method_settings", "steps")  # within a method at a sparsity
+ALIKE = ("method_settings", "steps", "commit")  # within a method at a sparsity
 _QUANTILES = {"least": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "most": 1.0}
 
 
@@ -27,6 +28,7 @@ def check_same(rows: Sequence[Row], source: str) -> None:
     """Raise ValueError, naming the field, if rows that share a table differ in what must be the same."""
     for name in SAME:
         check_alike((fixed(row, name) for row in rows), name, source)
+    _check_dense([row for row in rows if ok(row)], source)
     for name in ALIKE:
         found: dict[tuple[Setting, str], set[str]] = defaultdict(set)
         for row in rows:
@@ -36,6 +38,28 @@ def check_same(rows: Sequence[Row], source: str) -> None:
                 raise ValueError(
                     f"{source}: {method} at {setting.sparsity:g} has different {name}: {', '.join(sorted(values))}"
                 )
+
+
+def _check_dense(rows: Sequence[Row], source: str) -> None:
+    """See `check_same`: a prompt and seed has one dense clip, and commits may differ where its digest ties rows."""
+    references: dict[tuple[str, int], set[str]] = defaultdict(set)
+    dense = set()
+    for row in rows:
+        clip = row["prompt"], row["seed"]
+        if row["method"] == "dense" and row["frames_sha256"]:
+            dense.add(clip)
+            references[clip].add(row["frames_sha256"])
+        if row["reference_sha256"]:
+            references[clip].add(row["reference_sha256"])
+    for (prompt, seed), found in references.items():
+        if len(found) > 1:
+            digests = ", ".join(sorted(digest[:12] for digest in found))
+            raise ValueError(f"{source}: rows against different dense clips of {prompt!r}, seed {seed}: {digests}")
+    timed = any(row["generate_s"] is not None for row in rows)
+    untied = [row for row in rows if timed or not row["reference_sha256"]]
+    if untied:  # the others are tied to them by the dense rows
+        untied += [row for row in rows if (row["prompt"], row["seed"]) not in dense]
+    check_alike((row["commit"] for row in untied), "commit", source)
 
 
 def fixed(row: Row, name: str) -> Any:
@@ -81,11 +105,18 @@ def _caveats(rows: Sequence[Row], source: str) -> list[str]:
 
 
 def provenance(rows: Sequence[Row]) -> str:
-    """A sentence: the model, grid, weights, device, versions and commit of rows that share a table."""
+    """A sentence: the model, grid, weights, device, versions and commits of rows that share a table."""
     first = rows[0]
+    made: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        made[row["commit"]].add(row["method"])
+    commits = f"commit `{first['commit'][:12]}`"
+    if len(made) > 1:
+        each = (f"`{commit[:12]}` ({', '.join(sorted(methods))})" for commit, methods in sorted(made.items()))
+        commits = f"the same dense clips at commits {', '.join(each)}"
     return (
         f"{first['model']}, token grid {'x'.join(map(str, first['grid']))}, weights `{first['weights_hash'][:12]}`, "
-        f"on one {first['device']}, {versions(first)}, commit `{first['commit'][:12]}`."
+        f"on one {first['device']}, {versions(first)}, {commits}."
     )
 
 

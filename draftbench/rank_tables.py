@@ -12,7 +12,7 @@ from .contrasts import METRICS, Cells, Contrasts, Row, Setting, labels, twins
 from .method_tables import SAME, fixed, grouped, mean, provenance
 from .tabular import Column, Table
 
-MAY_DIFFER = ("weights_hash", "commit")
+MAY_DIFFER = ("weights_hash",)
 _LOWER = ("lpips",)  # metrics of which less is better
 
 

@@ -17,7 +17,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-SCHEMA_VERSION = 2  # 1 had no null for the fields of LATER and ATTENTION_LATER; `parse` reads it as 2
+SCHEMA_VERSION = (
+    3  # 1 had no null for the fields of LATER and ATTENTION_LATER, 2 no reference_sha256; `parse` reads both
+)
 
 # Every record has these and those of LATER; what was not measured is null.
 FIELDS = (
@@ -29,6 +31,7 @@ FIELDS = (
 LATER = (
     "latency", "parts_ms", "quality", "frames_sha256", "dense", "labels", "batch", "model_settings", "executors_run",
     "dense_kernel",
+    "reference_sha256",  # of the dense frames that this clip was measured against
     "no_quality",  # why psnr_db, ssim, lpips and quality are absent
 )  # fmt: skip
 # Records of kind "attention" (draftbench.bench) have these instead: one contestant on one shape, mask and sparsity.

@@ -289,7 +289,8 @@ class Job:
         quality = getattr(self.model, "quality", None)
         if quality is not None:
             values["quality"] = {"method": quality(a, prompt), "dense": quality(b, prompt)}
-        return values | self.counted(clip) | {"frames_sha256": digest(clip.frames)}
+        digests = {"frames_sha256": digest(clip.frames), "reference_sha256": digest(dense)}
+        return values | self.counted(clip) | digests
 
     def counted(self, clip: Clip) -> dict[str, Any]:
         """The counted densities of a clip; why nothing else is known of it, where that is so."""

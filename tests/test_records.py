@@ -21,7 +21,11 @@ def record(**values):
 def test_new_fills_every_field_with_null_or_what_json_holds():
     made = records.new(model="pocket", grid=(4, 8, 8), latency={"p50": 1.5})
     assert list(made)[: len(records.FIELDS)] == list(records.FIELDS)
-    assert made["schema_version"] == 2 and made["kind"] == "cell" and made["timestamp"].endswith("+00:00")
+    assert (
+        made["schema_version"] == records.SCHEMA_VERSION == 3
+        and made["kind"] == "cell"
+        and made["timestamp"].endswith("+00:00")
+    )
     assert made["psnr_db"] is None and made["grid"] == [4, 8, 8] and made["latency"] == {"p50": 1.5}
 
 
@@ -205,8 +209,8 @@ def test_promote_refuses_uncommitted_code(tmp_path, dirty):
 
 
 def test_promote_refuses_newer_schemas_nothing_and_bad_names(tmp_path):
-    folder = run_folder(tmp_path, record(), record(cell_id="c1", schema_version=3))
-    with pytest.raises(ValueError, match=r"schema_version must be 1 to 2, got 3"):
+    folder = run_folder(tmp_path, record(), record(cell_id="c1", schema_version=4))
+    with pytest.raises(ValueError, match=r"schema_version must be 1 to 3, got 4"):
         records.promote([folder], "x", tmp_path / "out")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no records"):
@@ -220,17 +224,17 @@ def test_a_record_of_version_1_is_read_as_one_of_this_version_and_promoted(tmp_p
     old = {name: value for name, value in record(psnr_db=30.0).items() if name not in records.LATER}
     records.write(old | {"schema_version": 1, "latency": {"p50": 1.0}}, tmp_path / "run" / "record.json")
     found = records.read(tmp_path / "run" / "record.json")
-    assert set(found) == {*records.FIELDS, *records.LATER} and found["schema_version"] == 2
+    assert set(found) == {*records.FIELDS, *records.LATER} and found["schema_version"] == 3
     assert (found["psnr_db"], found["latency"], found["quality"]) == (30.0, {"p50": 1.0}, None)
     records.write(record(cell_id="c1"), tmp_path / "run" / "record_new.json")
     source = records.promote([tmp_path / "run"], "x", tmp_path / "out")
-    assert [row["schema_version"] for row in records.read_all([source])] == [2, 2]
+    assert [row["schema_version"] for row in records.read_all([source])] == [3, 3]
 
 
-@pytest.mark.parametrize("version", [0, 3, "1", None])
+@pytest.mark.parametrize("version", [0, 4, "1", None])
 def test_a_record_of_no_known_version_is_refused(tmp_path, version):
     records.write(record(schema_version=version), tmp_path / "record.json")
-    with pytest.raises(ValueError, match=rf"record.json is not a .*: schema_version must be 1 to 2, got {version!r}"):
+    with pytest.raises(ValueError, match=rf"record.json is not a .*: schema_version must be 1 to 3, got {version!r}"):
         records.read_all([tmp_path])
 
 

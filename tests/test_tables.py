@@ -82,6 +82,37 @@ def test_a_table_never_mixes(name, other):
     assert repr(other) in str(error.value)
 
 
+UNTIMED = dict.fromkeys(("generate_s", "speedup_generate", "speedup_attention"))
+DENSE = row("dense", 0.0, psnr=100.0, frames_sha256="e" * 64, **UNTIMED)
+
+
+def of_another_commit(**values):
+    return row("svg2", **UNTIMED | {"commit": "d" * 40, "reference_sha256": "e" * 64} | values)
+
+
+def test_methods_of_two_commits_share_a_table_if_their_dense_clips_do():
+    text = markdown([DENSE, row(**UNTIMED), of_another_commit()], "some")
+    assert "the same dense clips at commits `cccccccccccc` (dense, draft), `dddddddddddd` (svg2)." in text
+    tied = row(reference_sha256="e" * 64, **UNTIMED)
+    assert "(draft), `dddddddddddd` (svg2)" in markdown([tied, of_another_commit()], "some")
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ([DENSE, row(**UNTIMED), of_another_commit(reference_sha256="f" * 64)], "different dense clips of 'turn left'"),
+        ([DENSE, row(**UNTIMED), of_another_commit(reference_sha256=None)], "different commit"),
+        ([row(**UNTIMED), of_another_commit()], "different commit"),  # no dense row ties them
+        ([DENSE, row(**UNTIMED), of_another_commit(seed=7)], "different commit"),
+        ([DENSE, row(**UNTIMED), of_another_commit(generate_s=2.0)], "different commit"),
+        ([DENSE, of_another_commit(), of_another_commit(commit="f" * 40)], "svg2 at 0.75 has different commit"),
+    ],
+)
+def test_methods_of_two_commits_are_refused_otherwise(rows, reason):
+    with pytest.raises(ValueError, match=f"^some: .*{reason}"):
+        markdown(rows, "some")
+
+
 def test_a_method_that_failed_is_shown_with_its_reason():
     text = markdown([row(), failed("oracle"), row("sta", seed=1), failed("sta")], "some")
     assert line(text, "| 0.75 | oracle")[2] == "failed: out of memory"
