@@ -18,6 +18,7 @@ from .method_tables import check_same, grouped, provenance
 from .tabular import canvas, save
 
 METRIC, LABEL = "psnr_db", "PSNR dB to dense"
+CLOSE = 0.02  # how far a timed call's sparsity may be from what was asked
 
 
 class Point(NamedTuple):
@@ -30,7 +31,8 @@ class Point(NamedTuple):
 
 
 def join(cells: Sequence[Row], times: Sequence[Row], rule: Contrasts) -> dict[str, list[Point]]:
-    """The points of each shape of `times`, by method and sparsity; what only one side has is in none.
+    """The points of each shape of `times`, by method and sparsity; what only one side has is in none, nor is a time of
+    a call that did not drop what its sparsity asks for (`off`).
 
     Raises ValueError if rows of either side do not mix, or the cells are of several warm-ups.
     """
@@ -49,10 +51,15 @@ def join(cells: Sequence[Row], times: Sequence[Row], rule: Contrasts) -> dict[st
     found: dict[str, list[Point]] = {}
     for row in sorted(times, key=lambda row: (row["shape"], row["method"], row["sparsity"])):
         key = row["method"], row["sparsity"]
-        if row["status"] == "ok" and key in quality:
+        if row["status"] == "ok" and key in quality and not off(row):
             ms = (row["ms"]["p20"], row["ms"]["p50"], row["ms"]["p80"])
             found.setdefault(row["shape"], []).append(Point(*key, ms, quality[key]))
     return found
+
+
+def off(row: Row) -> bool:
+    """Whether a timed call dropped another share than asked, by more than `CLOSE`, so that its time is of none."""
+    return row["status"] == "ok" and abs(row["sparsity_achieved"] - row["sparsity"]) > CLOSE
 
 
 def figure(
@@ -68,24 +75,37 @@ def figure(
         raise ValueError(f"{' and '.join(names)} have no method at a sparsity in common")
     methods = sorted({point.method for points in shapes.values() for point in points})
     picture = canvas(6.4 * len(shapes), 5.2)
+    from matplotlib.ticker import LogLocator  # it is there, or `canvas` has said what to install
+
     for axes, (shape, points) in zip(picture.subplots(1, len(shapes), squeeze=False)[0], shapes.items(), strict=True):
+        levels = {point.sparsity for point in points}
+        level = f" at {levels.pop():.0%} sparsity" if len(levels) == 1 else ""  # then names stand at the points
         for number, method in enumerate(methods):
             own = [point for point in points if point.method == method]
             if own:
                 axes.errorbar(**_line(own), label=method, color=f"C{number % 10}", marker="os^Dvx"[number // 10 % 6],
                               markersize=4, linewidth=1, capsize=2)  # fmt: skip
             for point in own:
-                axes.annotate(f"{point.sparsity:.0%}", (point.ms[1], point.quality.mean), fontsize=6, xytext=(3, 3),
+                text = method if level else f"{point.sparsity:.0%}"
+                axes.annotate(text, (point.ms[1], point.quality.mean), fontsize=7, xytext=(3, 3),
                               textcoords="offset points")  # fmt: skip
         dense = [row["dense"]["ms"] for row in times if row["shape"] == shape and row["dense"] and row["dense"]["ms"]]
         if dense:
             axes.axvline(sorted(dense)[len(dense) // 2], color="k", linestyle="--", linewidth=1, label="dense")
-        axes.set(title=shape, xscale="log", **dict(zip(("ylabel", "xlabel"), sources(cells, times, shape, names),
-                                                       strict=True)))  # fmt: skip
+        handles, labels = axes.get_legend_handles_labels()
+        quality, time = sources(cells, times, shape, names)
+        axes.set(title=shape + level, xscale="log", xlabel=time, ylabel=quality)
         axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=7)
-    about = textwrap.fill(f"Fidelity: {provenance(cells)}", 120)
-    picture.suptitle(f"{about}\nNo evidence about clips of the models whose shapes these are.", fontsize=7)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
+        named = [i for i, label in enumerate(labels) if not level or label == "dense"]
+        axes.legend([handles[i] for i in named], [labels[i] for i in named], fontsize=7)
+    about = [textwrap.fill(f"Fidelity: {provenance(cells)}", 120)]
+    about.append("No evidence about clips of the models whose shapes these are.")
+    if left := sorted({row["method"] for row in times if off(row)}):
+        about.append(f"Not drawn, as their timed calls drop another share: {', '.join(left)}.")
+    picture.suptitle("\n".join(about), fontsize=7)
     save(picture, path, digest)
 
 

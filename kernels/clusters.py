@@ -6,10 +6,13 @@ atomically: results are the same from run to run, and up to rounding whatever `L
 Floors of a round at 33x48x80 tokens, 24 heads of 128, bfloat16 (778 MB a tensor), at 500 TFLOP/s and 3 TB/s:
 
 - `nearest` forms the product of each token and centroid once and keeps none: 2 S C D, .78 TFLOP and 1.6 ms for 1000
-  centroids, .3 and .6 for 391. It reads x once, .26 ms, and a head's centroids from L2 for every tile of tokens: 3 GB
-  for 1000 of them and 256 tokens a tile. A score costs one comparison and two selections, .6 ms at 64 a clock and SM,
-  behind which the products of another program on the SM can go on: tiles are such that two fit one.
+  centroids, .3 and .6 for 391. It reads x once, .26 ms, and a head's centroids from L2 for every tile of tokens: 6 GB
+  for 1000 of them and 128 tokens a tile. A score costs one comparison and two selections, .6 ms at 64 a clock and SM,
+  behind which the products of other programs on the SM can go on: tiles are such that two fit one at least.
 - `means` reads x once in the order of clusters, a row at a time: .26 ms.
+
+On one H100 (torch 2.11.0, Triton 3.6.0), the best of twelve tiles: `nearest` 1.78 ms for 1000 centroids and 1.03 for 391,
+`means` .37 and .39, the sort between them .23; two rounds of q and k 7.3 ms.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from torch import Tensor
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Launch parameters: M tokens x N centroids of a tile, R tokens at a time.
 LAUNCH = {
-    "nearest": {"M": 256, "N": 64, "num_warps": 8, "num_stages": 3},
+    "nearest": {"M": 128, "N": 64, "num_warps": 4, "num_stages": 2},
     "means": {"R": 32, "num_warps": 4},
 }
 

@@ -24,13 +24,14 @@ def timed(method="draft", sparsity=0.9, ms=2.0, shape="hunyuan_768p", **values):
     known = {
         "kind": "methods", "shape": shape, "method": method, "sparsity": sparsity, "status": "ok", "device": "H200",
         "versions": {"torch": "2.11"}, "commit": "d" * 40, "ms": {"n": 20, "p20": ms - 0.1, "p50": ms, "p80": ms + 0.2},
-        "dense": {"contestant": "cudnn", "ms": 9.0},
+        "dense": {"contestant": "cudnn", "ms": 9.0}, "sparsity_achieved": sparsity,
     }  # fmt: skip
     return known | values
 
 
 CELLS = [cell(seed=s, psnr=p) for s, p in ((0, 30.0), (1, 32.0))] + [cell("dense", 0.0), cell("svg"), cell("sta", 0.5)]
 TIMES = [timed(), timed(shape="wan_720p", ms=5.0), timed("sta"), timed("vsa"), timed("svg", status="failed: x", ms=1.0)]
+TIMES += [timed("svg", sparsity_achieved=0.97)]  # no time of 90%
 
 
 def test_what_meets_is_of_one_method_and_sparsity():
@@ -61,6 +62,8 @@ def test_each_axis_names_its_source(tmp_path, monkeypatch):
     assert Image.open(tmp_path / "a.png").info["records"] == "abc"
     axes, other = drawn[0].axes
     assert "pocket at 16x32x48" in axes.get_ylabel() and "(pocket_headline)" in axes.get_ylabel()
+    assert axes.get_title() == "hunyuan_768p at 90% sparsity" and [text.get_text() for text in axes.texts] == ["draft"]
+    assert drawn[0].get_suptitle().endswith("as their timed calls drop another share: svg.")
     assert "hunyuan_768p on H200 (methods)" in axes.get_xlabel() and "wan_720p on H200" in other.get_xlabel()
     with pytest.raises(ValueError, match="and methods have no method at a sparsity in common"):
         frontier.figure(CELLS, [timed("vsa")], names, RULE, tmp_path / "b.png", "abc")
