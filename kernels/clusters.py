@@ -11,8 +11,8 @@ Floors of a round at 33x48x80 tokens, 24 heads of 128, bfloat16 (778 MB a tensor
   behind which the products of other programs on the SM can go on: tiles are such that two fit one at least.
 - `means` reads x once in the order of clusters, a row at a time: .26 ms.
 
-On one H100 (torch 2.11.0, Triton 3.6.0), the best of twelve tiles: `nearest` 1.78 ms for 1000 centroids and 1.03 for 391,
-`means` .37 and .39, the sort between them .23; two rounds of q and k 7.3 ms.
+On one H100 (torch 2.11.0, Triton 3.6.0), the best of twelve tiles: `nearest` 1.78 ms for 1000 centroids and 1.03 for
+391, `means` .37 and .39, the sort between them .23; two rounds of q and k 7.3 ms.
 """
 
 from __future__ import annotations
