@@ -229,17 +229,19 @@ def _check_models(configs: list[DictConfig]) -> None:
     keys = ["model", "prompts", "device", "executor", "metrics", "lpips_net"]
     distinct = {OmegaConf.to_yaml(OmegaConf.masked_copy(config, keys), resolve=True): config for config in configs}
     models = {key: schema.check_job(config) for key, config in distinct.items()}
-    lacking: dict[str, set[float]] = {}
+    lacking: dict[str, ValueError] = {}
     for config in configs:
         key = OmegaConf.to_yaml(OmegaConf.masked_copy(config, keys), resolve=True)
         try:
             schema.method(config).meet(models[key], schema.parts(config))
         except Uncalibrated as error:
-            lacking.setdefault(error.reason, set()).update(error.sparsities)
+            first = lacking.setdefault(error.reason, error)
+            if isinstance(first, Uncalibrated):
+                first.sparsities |= error.sparsities
         except ValueError as error:
-            lacking.setdefault(str(error), set())
+            lacking.setdefault(str(error), error)
     if lacking:
-        raise ExceptionGroup("methods that cannot run", [Uncalibrated(*one) for one in lacking.items()])
+        raise ExceptionGroup("methods that cannot run", list(lacking.values()))
 
 
 def _claim(jobs: Jobs) -> None:

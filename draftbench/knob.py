@@ -28,11 +28,14 @@ FARTHEST = 0.01  # a calibration that misses its sparsity by more is none
 
 
 class Uncalibrated(ValueError):
-    """Sparsities, a set, that have no calibration; reason: the whole message, with ??? for them."""
+    """Sparsities, a set that may grow, that have no calibration; reason: the whole message, with ??? for them."""
 
     def __init__(self, reason: str, sparsities: set[float]):
-        super().__init__(reason.replace("???", ",".join(f"{x:g}" for x in sorted(sparsities))))
+        super().__init__(reason, sparsities)
         self.reason, self.sparsities = reason, sparsities
+
+    def __str__(self) -> str:
+        return self.reason.replace("???", ",".join(f"{x:g}" for x in sorted(self.sparsities)))
 
 
 class OutOfReach(ValueError):

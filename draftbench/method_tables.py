@@ -43,23 +43,23 @@ def check_same(rows: Sequence[Row], source: str) -> None:
 def _check_dense(rows: Sequence[Row], source: str) -> None:
     """See `check_same`: a prompt and seed has one dense clip, and commits may differ where its digest ties rows."""
     references: dict[tuple[str, int], set[str]] = defaultdict(set)
-    dense = set()
     for row in rows:
-        clip = row["prompt"], row["seed"]
-        if row["method"] == "dense" and row["frames_sha256"]:
-            dense.add(clip)
-            references[clip].add(row["frames_sha256"])
-        if row["reference_sha256"]:
-            references[clip].add(row["reference_sha256"])
+        own = row["frames_sha256"] if row["method"] == "dense" else None
+        references[_clip(row)] |= {digest for digest in (own, row["reference_sha256"]) if digest}
     for (prompt, seed), found in references.items():
         if len(found) > 1:
             digests = ", ".join(sorted(digest[:12] for digest in found))
             raise ValueError(f"{source}: rows against different dense clips of {prompt!r}, seed {seed}: {digests}")
     timed = any(row["generate_s"] is not None for row in rows)
     untied = [row for row in rows if timed or not row["reference_sha256"]]
-    if untied:  # the others are tied to them by the dense rows
-        untied += [row for row in rows if (row["prompt"], row["seed"]) not in dense]
+    if untied:  # the others are tied to them by their dense rows
+        dense = {_clip(row) for row in untied if row["method"] == "dense" and row["frames_sha256"]}
+        untied += [row for row in rows if _clip(row) not in dense]
     check_alike((row["commit"] for row in untied), "commit", source)
+
+
+def _clip(row: Row) -> tuple[str, int]:
+    return row["prompt"], row["seed"]
 
 
 def fixed(row: Row, name: str) -> Any:
@@ -90,7 +90,7 @@ def grouped(rows: Sequence[Row]) -> Cells:
 def _caveats(rows: Sequence[Row], source: str) -> list[str]:
     """What pocket's numbers are no evidence of, and on what methods were calibrated: ValueError if on these clips."""
     found = ["Pocket's numbers are no evidence about larger models."] if rows[0]["model"] == "pocket" else []
-    clips = {(row["prompt"], row["seed"]) for row in rows}
+    clips = {_clip(row) for row in rows}
     calibrated: dict[tuple[Any, ...], set[str]] = defaultdict(set)
     for row in rows:
         if of := (row.get("method_settings") or {}).get("calibrated"):

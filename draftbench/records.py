@@ -17,9 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-SCHEMA_VERSION = (
-    3  # 1 had no null for the fields of LATER and ATTENTION_LATER, 2 no reference_sha256; `parse` reads both
-)
+# 1 had no null for the fields of LATER and ATTENTION_LATER, 2 no reference_sha256; `parse` reads both.
+SCHEMA_VERSION = 3
 
 # Every record has these and those of LATER; what was not measured is null.
 FIELDS = (

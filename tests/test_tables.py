@@ -104,6 +104,7 @@ def test_methods_of_two_commits_share_a_table_if_their_dense_clips_do():
         ([DENSE, row(**UNTIMED), of_another_commit(reference_sha256=None)], "different commit"),
         ([row(**UNTIMED), of_another_commit()], "different commit"),  # no dense row ties them
         ([DENSE, row(**UNTIMED), of_another_commit(seed=7)], "different commit"),
+        ([DENSE | {"commit": "d" * 40, "reference_sha256": "e" * 64}, row(**UNTIMED)], "different commit"),
         ([DENSE, row(**UNTIMED), of_another_commit(generate_s=2.0)], "different commit"),
         ([DENSE, of_another_commit(), of_another_commit(commit="f" * 40)], "svg2 at 0.75 has different commit"),
     ],
