@@ -58,10 +58,15 @@ def by_prompt(clips: Iterable[tuple[str, float | None]]) -> dict[str, list[float
     return found
 
 
+def clip(row: Row) -> tuple[str, int]:
+    """What a clip is paired by: its prompt and seed."""
+    return row["prompt"], row["seed"]
+
+
 def twins(group: Sequence[Row], other: Sequence[Row]) -> list[tuple[Row, Row]]:
     """The clips of one prompt and seed that both groups have, and that worked in both."""
-    known = {(row["prompt"], row["seed"]): row for row in other if ok(row)}
-    pairs = ((row, known.get((row["prompt"], row["seed"]))) for row in group if ok(row))
+    known = {clip(row): row for row in other if ok(row)}
+    pairs = ((row, known.get(clip(row))) for row in group if ok(row))
     return [(row, twin) for row, twin in pairs if twin]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .bootstrap import Estimate, estimate
-from .contrasts import Contrasts, Row, by_prompt
+from .contrasts import Contrasts, Row, by_prompt, clip
 from .method_tables import check_same, grouped, provenance
 from .tabular import canvas, save
 
@@ -112,7 +112,7 @@ def figure(
 def sources(cells: Sequence[Row], times: Sequence[Row], shape: str, names: tuple[str, str]) -> tuple[str, str]:
     """The labels of the axes, quality's and time's: what is measured, on what, and in which file of records."""
     grid = "x".join(map(str, cells[0]["grid"]))
-    clips = len({(row["prompt"], row["seed"]) for row in cells})
+    clips = len({clip(row) for row in cells})
     return (
         f"{LABEL}: {cells[0]['model']} at {grid},\n{clips} clips ({names[0]})",
         f"ms of one attention call, plan and kernel:\n{shape} on {times[0]['device']} ({names[1]})",

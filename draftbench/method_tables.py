@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from .bootstrap import estimate
-from .contrasts import METRICS, Cells, Contrasts, Row, Setting, by_prompt, contrasts, labels
+from .contrasts import METRICS, Cells, Contrasts, Row, Setting, by_prompt, clip, contrasts, labels
 from .tabular import Column, Page, Table, check_alike, ok, versions
 
 SAME = (
@@ -45,7 +45,7 @@ def _check_dense(rows: Sequence[Row], source: str) -> None:
     references: dict[tuple[str, int], set[str]] = defaultdict(set)
     for row in rows:
         own = row["frames_sha256"] if row["method"] == "dense" else None
-        references[_clip(row)] |= {digest for digest in (own, row["reference_sha256"]) if digest}
+        references[clip(row)] |= {digest for digest in (own, row["reference_sha256"]) if digest}
     for (prompt, seed), found in references.items():
         if len(found) > 1:
             digests = ", ".join(sorted(digest[:12] for digest in found))
@@ -53,13 +53,9 @@ def _check_dense(rows: Sequence[Row], source: str) -> None:
     timed = any(row["generate_s"] is not None for row in rows)
     untied = [row for row in rows if timed or not row["reference_sha256"]]
     if untied:  # the others are tied to them by their dense rows
-        dense = {_clip(row) for row in untied if row["method"] == "dense" and row["frames_sha256"]}
-        untied += [row for row in rows if _clip(row) not in dense]
+        dense = {clip(row) for row in untied if row["method"] == "dense" and row["frames_sha256"]}
+        untied += [row for row in rows if clip(row) not in dense]
     check_alike((row["commit"] for row in untied), "commit", source)
-
-
-def _clip(row: Row) -> tuple[str, int]:
-    return row["prompt"], row["seed"]
 
 
 def fixed(row: Row, name: str) -> Any:
@@ -90,7 +86,7 @@ def grouped(rows: Sequence[Row]) -> Cells:
 def _caveats(rows: Sequence[Row], source: str) -> list[str]:
     """What pocket's numbers are no evidence of, and on what methods were calibrated: ValueError if on these clips."""
     found = ["Pocket's numbers are no evidence about larger models."] if rows[0]["model"] == "pocket" else []
-    clips = {_clip(row) for row in rows}
+    clips = {clip(row) for row in rows}
     calibrated: dict[tuple[Any, ...], set[str]] = defaultdict(set)
     for row in rows:
         if of := (row.get("method_settings") or {}).get("calibrated"):
