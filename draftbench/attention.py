@@ -206,19 +206,23 @@ class Method:
 
     sparsity: float = 0.0
     sparse: ClassVar[bool] = True  # False for the dense baseline, whose every call runs the dense kernel
+    knob: ClassVar[str | None] = None  # the field, if any, that is null or the original's own knob
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
+        for name, given in (self.given or {}).items():
+            if self.sparsity != 0:
+                raise ValueError(
+                    f"sparsity={self.sparsity:g} and method.{name}={given} both say how much is kept: "
+                    f"give method.{name} with sparsity=0, or leave it null"
+                )
 
-    def in_place_of_sparsity(self, knob: str) -> None:
-        """Raise ValueError if a field, the original's own knob, is given beside a sparsity."""
-        given = getattr(self, knob)
-        if given is not None and self.sparsity != 0:
-            raise ValueError(
-                f"sparsity={self.sparsity:g} and method.{knob}={given} both say how much is kept: "
-                f"give method.{knob} with sparsity=0, or leave it null"
-            )
+    @property
+    def given(self) -> dict[str, Any] | None:
+        """The original's own knob and its value, if that is given in place of a sparsity."""
+        value = getattr(self, self.knob) if self.knob else None
+        return None if self.knob is None or value is None else {self.knob: value}
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Plan:
         """Decide the plan of one call; q, k, v are [B, S, H, D], [video | text], after QK-norm and RoPE."""

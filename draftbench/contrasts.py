@@ -22,11 +22,13 @@ class Setting(NamedTuple):
 
     warmup: float | None  # share of the steps, from the first, that is dense
     sparsity: float
+    knob: str  # a method's own knob, given in place of a sparsity, or nothing
 
     @classmethod
     def of(cls, row: Row) -> Setting:
         """The setting of a record."""
-        return cls((row.get("dense") or {}).get("steps"), row["sparsity"])
+        knob = ", ".join(f"{name}={value}" for name, value in (row.get("knob") or {}).items())
+        return cls((row.get("dense") or {}).get("steps"), row["sparsity"], knob)
 
 
 Cells: TypeAlias = dict[tuple[Setting, str], list[Row]]  # by setting and method
@@ -46,7 +48,7 @@ def labels(cells: Cells) -> dict[str, Column]:
     """The columns that tell a table's rows apart: the warm-up only where it varies."""
     varies = len({setting.warmup for setting, _ in cells}) > 1
     found: dict[str, Column] = {"dense steps": "{warmup:.0%}"} if varies else {}
-    return found | {"sparsity": "{sparsity:g}", "method": "{method}"}
+    return found | {"sparsity": lambda row: row["knob"] or f"{row['sparsity']:g}", "method": "{method}"}
 
 
 def by_prompt(clips: Iterable[tuple[str, float | None]]) -> dict[str, list[float]]:

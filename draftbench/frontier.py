@@ -46,7 +46,7 @@ def join(cells: Sequence[Row], times: Sequence[Row], rule: Contrasts) -> dict[st
     quality: dict[tuple[str, float], Estimate] = {}
     for (setting, method), group in groups.items():
         clips = by_prompt((row["prompt"], row[METRIC]) for row in group if row["status"] == "ok")
-        if clips and method != "dense":
+        if clips and method != "dense" and not setting.knob:
             quality[method, setting.sparsity] = estimate(clips, rule.draws, rule.seed)
     found: dict[str, list[Point]] = {}
     for row in sorted(times, key=lambda row: (row["shape"], row["method"], row["sparsity"])):

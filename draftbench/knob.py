@@ -54,15 +54,10 @@ class Calibrated(Method):
     calibrated: dict[str, Any] | None = field(default=None, init=False)  # of the file: value, achieved, prompts, seeds
     knob: ClassVar[str]
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.asked:
-            self.in_place_of_sparsity(self.knob)
-
     @property
     def asked(self) -> bool:
         """Whether a sparsity asks for a value of the knob; the original's floors hold only where its knob is given."""
-        return getattr(self, self.knob) is None
+        return self.given is None
 
     @property
     def givable(self) -> bool:

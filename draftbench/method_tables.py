@@ -7,6 +7,7 @@ several commits may stand in one if nothing was timed and their dense clips are 
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -130,10 +131,14 @@ def _pivot(cells: Cells, name: str, across: str, note: str = "") -> Table:
     for (setting, method), group in cells.items():
         if method != "dense":
             level, row = getattr(setting, across), getattr(setting, down)
-            levels[level] = f"{level:.0%}"
             psnr, lpips = mean(group, "psnr_db"), mean(group, "lpips")
             numbers = [format(x, form) if x is not None else "-" for x, form in ((psnr, ".1f"), (lpips, ".3f"))]
             text = f"{' / '.join(numbers)} ({sum(one['status'] == 'ok' for one in group)})"
+            if setting.knob:
+                text += f", {mean(group, 'sparsity_achieved') or 0:.0%} by {setting.knob}"
+            if setting.knob and across == "sparsity":
+                level = math.inf  # stands at none, so it comes last
+            levels[level] = "own knob" if level == math.inf else f"{level:.0%}"
             found.setdefault((method, row), {"method": method, down: row})[levels[level]] = text
     columns: dict[str, Column] = {"PSNR dB / LPIPS (clips)": "`{method}`"}
     if len({row for _, row in found}) > 1:

@@ -31,6 +31,7 @@ LATER = (
     "latency", "parts_ms", "quality", "frames_sha256", "dense", "labels", "batch", "model_settings", "executors_run",
     "dense_kernel",
     "reference_sha256",  # of the dense frames that this clip was measured against
+    "knob",  # the original's own and its value, where that is given in place of a sparsity
     "no_quality",  # why psnr_db, ssim, lpips and quality are absent
 )  # fmt: skip
 # Records of kind "attention" (draftbench.bench) have these instead: one contestant on one shape, mask and sparsity.

@@ -304,7 +304,8 @@ class Job:
         """A record of this job's cell."""
         return records.new(
             cell_id=self.cell_id(*cell), model=self.model.name, weights_hash=self.model.weights_hash, method=self.name,
-            method_settings=_plain(self.method), executor=self.executor_name, executors_run=sorted(self.executor.ran),
+            method_settings=_plain(self.method), knob=self.method.given,
+            executor=self.executor_name, executors_run=sorted(self.executor.ran),
             dense_kernel=dense_kernel.name(self.model.device),
             prompt=cell[0], seed=cell[1],
             grid=list(self.model.grid), sparsity=float(self.method.target), status=status,

@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -41,12 +42,12 @@ class Radial(Method):
     decay: float | None = None
     block: int = 128
     first_frame_sink: bool = False
+    knob: ClassVar[str] = "decay"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.decay is not None and self.decay < 0:
             raise ValueError(f"method.decay must be null or at least 0, got {self.decay}")
-        self.in_place_of_sparsity("decay")
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Plan:
         """See `Method.plan`; the mask depends on the grid alone."""

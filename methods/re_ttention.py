@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from draftbench.methods.svg import band_mask, patch_major
@@ -51,6 +51,7 @@ class ReTtention(Method):
     period: int = 5
     growth: float = 0.04
     block: int = 128
+    knob: ClassVar[str] = "window_sparsity"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,7 +62,6 @@ class ReTtention(Method):
             raise ValueError(f"method.growth must be at least 0, got {self.growth}")
         if self.window_sparsity is not None and not 0 <= self.window_sparsity < 1:
             raise ValueError(f"method.window_sparsity must be null or in [0, 1), got {self.window_sparsity}")
-        self.in_place_of_sparsity("window_sparsity")
 
     def meet(self, model: Model, parts: DenseParts) -> None:
         """See `Method.meet`: whether the sparsity can be met in the model's steps."""

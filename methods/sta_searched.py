@@ -34,9 +34,8 @@ class STASearched(Searched):
     windows: str = field(default="searched", init=False)  # for the records
 
     @property
-    def asked(self) -> bool:
-        """See `Calibrated.asked`: the windows are never given."""
-        return True
+    def given(self) -> None:
+        """See `Method.given`: the windows never are."""
 
     @property
     def box(self) -> Box:

@@ -82,6 +82,18 @@ def test_a_table_never_mixes(name, other):
     assert repr(other) in str(error.value)
 
 
+def test_a_method_at_its_own_knob_stands_apart():
+    own = {"sparsity_achieved": 0.62, "knob": {"top_p": 0.9}, "psnr_db": 40.0}
+    rows = [row("svg2"), row("svg2", 0.0, **own), row("svg2", 0.0, seed=1, **own), row("draft", 0.0, psnr=50.0), row()]
+    text = markdown(rows, "some")
+    assert line(text, "| top_p=0.9 | svg2 | 2")[3:6] == ["0.620", "0.400", "40.00 [40.00, 40.00]"]
+    assert line(text, "| 0.75 | svg2 | 1")[5].startswith("30.00")
+    assert "| top_p=0.9 |" not in text.split("## Minus draft")[1]  # no draft drops as much
+    short = method_tables.short(rows).grid()
+    assert short.splitlines()[0] == "| PSNR dB / LPIPS (clips) | 0% | 75% | own knob |"
+    assert short.splitlines()[-1] == "| `svg2` | - | 30.0 / 0.300 (1) | 40.0 / 0.300 (2), 62% by top_p=0.9 |"
+
+
 UNTIMED = dict.fromkeys(("generate_s", "speedup_generate", "speedup_attention"))
 DENSE = row("dense", 0.0, psnr=100.0, frames_sha256="e" * 64, **UNTIMED)
 
