@@ -384,7 +384,7 @@ def _rows(
         place = PART * M + gl.arange(0, M, layout=rows_layout)
         real = _real(block, place, starts, grid, boxes, BOX, CUT)
         if not RUNNING:
-            over = real & (total <= LIMIT) == 0  # or no number
+            over = real & ((total <= LIMIT) == 0)  # or no number
             gl.store(AGAIN + row + gl.zeros_like(place), 1, mask=over)
             gl.store(AGAIN + lists_count + gl.zeros_like(place), 1, mask=over)
         held = gl.convert_layout(real & (total > 0.0), gl.SliceLayout(1, o_layout))

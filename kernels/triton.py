@@ -27,7 +27,7 @@ from ..layout import Layout, permutation
 from ..parts import part
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-LIMIT: tl.constexpr = tl.constexpr(2.0**64)  # of a row's sum; below it nothing has overflowed
+LIMIT: tl.constexpr = tl.constexpr(2.0**64)  # of a row's sum; its products with values below 2^63 cannot overflow
 
 
 def refuse(q: Tensor, plan: Plan) -> str | None:

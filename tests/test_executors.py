@@ -128,6 +128,16 @@ def test_agrees_with_reference(executor, name, dtype):
     check(run(executor), layout, q, k, v, plan)
 
 
+def flags(executor, layout, q, k, v, plan):
+    """Which query blocks are computed again, with a running maximum [B, H, q_blocks], and whether any is."""
+    made, zeros = [], torch.zeros
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "zeros", lambda *size, **options: made.append(zeros(*size, **options)) or made[-1])
+        run(executor)(q, k, v, plan, layout)
+    (found,) = (x for x in made if x.shape == (plan.counts.numel() + 1,))
+    return found[:-1].view(plan.counts.shape) != 0, bool(found[-1])
+
+
 def far_above(executor, block, dim, box):
     """Keys of the second frame have logits of hundreds of nats, those of the first, which come first, of a few."""
     layout, _, q, k, v, plan = inputs((2, 8, 16), 5, lambda l, t, h: box_plan(l, t, box, h), torch.bfloat16, dim)
@@ -139,17 +149,32 @@ def far_above(executor, block, dim, box):
     assert (lse.isfinite() == finite).all() and (lse - expected_lse)[finite].abs().max() <= 1e-2
     # Of one row more than elsewhere: a few keys have all the weight, and rounded weights do not average out.
     assert (out - expected).norm() <= BOUNDS[q.dtype] * expected.norm()
+    again, any_again = flags(executor, layout, q, k, v, plan)
+    assert any_again and again[:, 0, 0].all()  # these lists have all blocks
+    assert not again[:, 1, 0].any() and not again[:, :, -1].any()  # and these none, or one of the first frame
+
+
+def never_again(executor, dim, grid, text, box):
+    """Ordinary logits, and places without a token, at a grid's edge and behind the text."""
+    layout, _, q, k, v, plan = inputs(grid, text, lambda l, t, h: box_plan(l, t, box, h), torch.bfloat16, dim)
+    again, any_again = flags(executor, layout, q, k, v, plan)
+    assert not again.any() and not any_again
 
 
 def test_logits_that_pass_the_range_of_powers_over_the_first_blocks_maximum():
     far_above("triton", 32, 32, Box(1, 4, 8))
 
 
+def test_ordinary_logits_are_computed_once():
+    never_again("triton", 32, (3, 9, 13), 40, Box(2, 4, 8))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
-def test_such_logits_on_a_gpu():
-    for executor in ("triton", "gluon"):
-        far_above(executor, 128, 64, Box(1, 8, 16))
+@pytest.mark.parametrize("executor", ["triton", "gluon"])
+def test_both_on_a_gpu(executor):
+    far_above(executor, 128, 64, Box(1, 8, 16))
+    never_again(executor, 64, (3, 9, 20), 77, Box(1, 8, 16))
 
 
 @pytest.mark.skipif(GPU or not shutil.which("g++"), reason="on a CPU, with a compiler")
