@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from draftbench.kernels import fa4, reference, run
+from draftbench.kernels import fa4, gluon, reference, run
 
 from draftbench.attention import Plan, count_pairs
 from draftbench.layout import Box, Identity, Index, Layout, box_sizes, even_sizes, offsets
@@ -173,6 +173,8 @@ def test_ordinary_logits_are_computed_once():
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 @pytest.mark.parametrize("executor", ["triton", "gluon"])
 def test_both_on_a_gpu(executor):
+    if executor == "gluon" and (reason := gluon.unavailable(DEVICE)):
+        pytest.skip(reason)
     far_above(executor, 128, 64, Box(1, 8, 16))
     never_again(executor, 64, (3, 9, 20), 77, Box(1, 8, 16))
 
