@@ -49,12 +49,12 @@ def forward(
         behind[2] = _text(v_text, text, math.prod(box))
     scale = math.log2(math.e) / math.sqrt(dim)
     cut = tuple(n % b != 0 for n, b in zip(grid, box, strict=True))
-    again = torch.zeros(counts.numel() + 1, dtype=torch.int32, device=q.device)
+    # A counter of query blocks taken for each launch, and the flags; each where a copy of 16 bytes may begin.
+    scratch = torch.zeros(8 + counts.numel() + 1, dtype=torch.int32, device=q.device)
     programs = min(counts.numel(), torch.cuda.get_device_properties(q.device).multi_processor_count)
-    for running, flagged in passes(q.dtype):
-        taken = torch.zeros(1, dtype=torch.int32, device=q.device)
+    for launch, (running, flagged) in enumerate(passes(q.dtype)):
         attention[(programs,)](
-            *video, *behind, lse, rows, counts, whole, blocks, starts, taken, again,
+            *video, *behind, lse, rows, counts, whole, blocks, starts, scratch[4 * launch :], scratch[8:],
             scale, batch * heads, heads, counts.shape[2], blocks.shape[-1], length, *grid,
             BOX=box, CUT=cut, HALF=half, D=dim, STAGES=stages, RUNNING=running, FLAGGED=flagged, num_warps=4,
             maxnreg=168,

@@ -134,7 +134,8 @@ def flags(executor, layout, q, k, v, plan):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "zeros", lambda *size, **options: made.append(zeros(*size, **options)) or made[-1])
         run(executor)(q, k, v, plan, layout)
-    (found,) = (x for x in made if x.shape == (plan.counts.numel() + 1,))
+    lists = plan.counts.numel() + 1
+    (found,) = (x[-lists:] for x in made if x.shape in ((lists,), (8 + lists,)))  # gluon's counters come before
     return found[:-1].view(plan.counts.shape) != 0, bool(found[-1])
 
 
