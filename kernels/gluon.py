@@ -11,9 +11,9 @@ bf16 matrix product on an H200); q and the output once, 1.6 GB, .4 ms at 4.3 TB/
 160 GB, the rate of which is not known.
 
 Tried on the softmax, where the time over the floor goes, and lost (TFLOP/s at 90, 75 and 50% on captured blocks, one
-H100; this kernel 616, 630, 605): row groups in strict turns, passed on when both products are issued (571, 573, 622) or
-when the scores are there (575, 592, 602); every 8th, 4th or 2nd power by a polynomial beside the special function unit
-(560, 587, 601; 496, 510, 531; 472, 499, 502).
+H100; this kernel, then with a running maximum, 616, 630, 605): row groups in strict turns, passed on when both products
+are issued (571, 573, 622) or when the scores are there (575, 592, 602); every 8th, 4th or 2nd power by a polynomial
+beside the special function unit (560, 587, 601; 496, 510, 531; 472, 499, 502).
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
+from draftbench.kernels.triton import LIMIT, passes
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -48,13 +49,16 @@ def forward(
         behind[2] = _text(v_text, text, math.prod(box))
     scale = math.log2(math.e) / math.sqrt(dim)
     cut = tuple(n % b != 0 for n, b in zip(grid, box, strict=True))
-    taken = torch.zeros(1, dtype=torch.int32, device=q.device)
+    # A counter of query blocks taken for each launch, and the flags; each where a copy of 16 bytes may begin.
+    scratch = torch.zeros(8 + counts.numel() + 1, dtype=torch.int32, device=q.device)
     programs = min(counts.numel(), torch.cuda.get_device_properties(q.device).multi_processor_count)
-    attention[(programs,)](
-        *video, *behind, lse, rows, counts, whole, blocks, starts, taken,
-        scale, batch * heads, heads, counts.shape[2], blocks.shape[-1], length, *grid,
-        BOX=box, CUT=cut, HALF=half, D=dim, STAGES=stages, num_warps=4, maxnreg=168,
-    )  # fmt: skip
+    for launch, (running, flagged) in enumerate(passes(q.dtype)):
+        attention[(programs,)](
+            *video, *behind, lse, rows, counts, whole, blocks, starts, scratch[4 * launch :], scratch[8:],
+            scale, batch * heads, heads, counts.shape[2], blocks.shape[-1], length, *grid,
+            BOX=box, CUT=cut, HALF=half, D=dim, STAGES=stages, RUNNING=running, FLAGGED=flagged, num_warps=4,
+            maxnreg=168,
+        )  # fmt: skip
 
 
 def _video(x: Tensor, grid: tuple[int, int, int], box: tuple[int, int, int]) -> TensorDescriptor:
@@ -143,29 +147,53 @@ def _copy_in(
 
 
 @gluon.jit
-def _copies(arguments, BOX: gl.constexpr, HALF: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
+def _list_of(job, lists):
+    """(Item, query block, list) of a job; in 64 bits, as with longer videos a list's offset passes 2^31."""
+    ROWS, _, _, _, _, _, q_blocks, _, _ = lists
+    item = job // q_blocks
+    block = gl.load(ROWS + job)
+    return item, block, item.to(gl.int64) * q_blocks + block
+
+
+@gluon.jit
+def _wanted(job, TAKEN, lists, FLAGGED: gl.constexpr):
+    """This job or, if only flagged rows are to be computed, the next one taken that is flagged."""
+    _, _, _, _, AGAIN, _, _, _, total = lists
+    if FLAGGED:
+        skip = job < total
+        while skip:
+            _, _, row = _list_of(job, lists)
+            skip = gl.load(AGAIN + row) == 0
+            if skip:
+                job = gl.atomic_add(TAKEN, 1) + gl.num_programs(0)
+                skip = job < total
+    return job
+
+
+@gluon.jit
+def _copies(
+    arguments, BOX: gl.constexpr, HALF: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, FLAGGED: gl.constexpr,
+):  # fmt: skip
     """The group that hands out query blocks and starts copies, step after step as slots fall empty."""
     q_video, k_video, v_video, q_text, k_text, v_text, TAKEN, tiles, barriers, mail, lists, grid, boxes = arguments
     q_tile, k_tiles, v_tiles = tiles
     q_full, q_empty, full, empty, mail_full, mail_empty = barriers
-    ROWS, COUNTS, _, BLOCKS, heads, q_blocks, capacity, total = lists
+    _, COUNTS, _, BLOCKS, _, heads, _, capacity, total = lists
     BYTES: gl.constexpr = BOX[0] * BOX[1] * BOX[2] * D * 2
     M: gl.constexpr = HALF[0] * HALF[1] * HALF[2]
     one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     n = gl.to_tensor(0)
     at = gl.to_tensor(0)
-    job = gl.program_id(0)
+    job = _wanted(gl.program_id(0), TAKEN, lists, FLAGGED)
     while job < total:
         slot = n % 2
         mbarrier.wait(mail_empty.index(slot), (n // 2 & 1) ^ 1)
         mail.index(slot).store(gl.full([1], job, gl.int32, one))
         mbarrier.arrive(mail_full.index(slot))
         upcoming = gl.atomic_add(TAKEN, 1) + gl.num_programs(0)
-        item = job // q_blocks
-        block = gl.load(ROWS + job)
+        item, block, row = _list_of(job, lists)
         b = item // heads
         column = item % heads * D
-        row = item.to(gl.int64) * q_blocks + block  # 64 bits: with longer videos a list's offset passes 2^31
         count = gl.load(COUNTS + row)
         blocks = BLOCKS + row * capacity
         kept = gl.load(blocks)
@@ -212,7 +240,7 @@ def _copies(arguments, BOX: gl.constexpr, HALF: gl.constexpr, D: gl.constexpr, S
             kept = after
         at += gl.where(count > 0, count + 1, 0)
         n += 1
-        job = upcoming
+        job = _wanted(upcoming, TAKEN, lists, FLAGGED)
     slot = n % 2
     mbarrier.wait(mail_empty.index(slot), (n // 2 & 1) ^ 1)
     mail.index(slot).store(gl.full([1], -1, gl.int32, one))
@@ -251,7 +279,8 @@ def _row_max(x, layout: gl.constexpr):
 @gluon.jit
 def _step(
     one, known, state, at, j,
-    MASKED: gl.constexpr, BOX: gl.constexpr, CUT: gl.constexpr, STAGES: gl.constexpr, dtype: gl.constexpr,
+    MASKED: gl.constexpr, RUNNING: gl.constexpr, BOX: gl.constexpr, CUT: gl.constexpr, STAGES: gl.constexpr,
+    dtype: gl.constexpr,
 ):  # fmt: skip
     """Scores of kept block j, values of block j - 1: both products start, the softmax runs while the second does."""
     q, k_tiles, v_tiles, q_full, full, empty, n, scale, zero = one
@@ -261,33 +290,36 @@ def _step(
     slot = (at + j) % STAGES
     mbarrier.wait(full.index(slot), (at + j) // STAGES & 1)
     s = warpgroup_mma(q, k_tiles.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
-    o = o * gl.convert_layout(decay, gl.SliceLayout(1, o.type.layout))[:, None]  # while the first product runs
+    if RUNNING:
+        o = o * gl.convert_layout(decay, gl.SliceLayout(1, o.type.layout))[:, None]  # while the first product runs
     o = warpgroup_mma(p, v_tiles.index(slot), o, is_async=True)
     s = warpgroup_mma_wait(1, deps=[s])
     if MASKED:
         real = _real(gl.load(blocks + j), places, starts, grid, boxes, BOX, CUT)
         s = gl.where(real[None, :], s, -float("inf"))
-    new = gl.maximum(top, _row_max(s, rows) * scale)
-    decay = gl.exp2(top - new)
-    p32 = gl.exp2(s * scale - new[:, None])
-    faded = sums * gl.convert_layout(decay, gl.SliceLayout(1, sums.type.layout))[:, None]
-    sums = faded + _in_thread_sum(p32)
+    if RUNNING:
+        new = gl.maximum(top, _row_max(s, rows) * scale)
+        decay = gl.exp2(top - new)
+        sums = sums * gl.convert_layout(decay, gl.SliceLayout(1, sums.type.layout))[:, None]
+        top = new
+    p32 = gl.exp2(s * scale - top[:, None])
+    sums = sums + _in_thread_sum(p32)
     after = gl.convert_layout(p32.to(dtype), p.type.layout)
     # Passes at once. Without a branch here ptxas waits for the values before the softmax, not behind it.
     mbarrier.wait(q_full, n & 1)
     o, _, _ = warpgroup_mma_wait(0, deps=[o, p, after])
     mbarrier.arrive(empty.index(slot))
-    return o, after, decay, sums, new
+    return o, after, decay, sums, top
 
 
 @gluon.jit
 def _rows(
     arguments, PART: gl.constexpr, BOX: gl.constexpr, CUT: gl.constexpr, HALF: gl.constexpr, D: gl.constexpr,
-    STAGES: gl.constexpr, dtype: gl.constexpr,
+    STAGES: gl.constexpr, RUNNING: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
     """A group that holds half PART of the query rows."""
     out_video, out_text, LSE, STARTS, scale, length, tiles, barriers, mail, lists, grid, boxes = arguments
-    ROWS, COUNTS, WHOLE, BLOCKS, heads, q_blocks, capacity, _ = lists
+    _, COUNTS, WHOLE, BLOCKS, AGAIN, heads, q_blocks, capacity, lists_count = lists
     q_tile, k_tiles, v_tiles = tiles
     q_full, q_empty, full, empty, mail_full, mail_empty = barriers
     N: gl.constexpr = BOX[0] * BOX[1] * BOX[2]
@@ -303,11 +335,9 @@ def _rows(
     at = gl.to_tensor(0)
     job = _next(mail, mail_full, mail_empty, n)
     while job >= 0:
-        item = job // q_blocks
-        block = gl.load(ROWS + job)
+        item, block, row = _list_of(job, lists)
         b = item // heads
         h = item % heads
-        row = item.to(gl.int64) * q_blocks + block  # 64 bits: with longer videos a list's offset passes 2^31
         count = gl.load(COUNTS + row)
         whole = gl.load(WHOLE + row)
         blocks = BLOCKS + row * capacity
@@ -335,16 +365,17 @@ def _rows(
             state = (o, p, decay, sums, top)
             pairs = gl.maximum(whole - 1, 0) // 2  # two steps a turn: p and its successor swap registers
             for i in range(pairs):
-                state = _step(one, known, state, at, 1 + 2 * i, False, BOX, CUT, STAGES, dtype)
-                state = _step(one, known, state, at, 2 + 2 * i, False, BOX, CUT, STAGES, dtype)
+                state = _step(one, known, state, at, 1 + 2 * i, False, RUNNING, BOX, CUT, STAGES, dtype)
+                state = _step(one, known, state, at, 2 + 2 * i, False, RUNNING, BOX, CUT, STAGES, dtype)
             if 1 + 2 * pairs < whole:
-                state = _step(one, known, state, at, 1 + 2 * pairs, False, BOX, CUT, STAGES, dtype)
+                state = _step(one, known, state, at, 1 + 2 * pairs, False, RUNNING, BOX, CUT, STAGES, dtype)
             for j in range(gl.maximum(whole, 1), count):
-                state = _step(one, known, state, at, j, True, BOX, CUT, STAGES, dtype)
+                state = _step(one, known, state, at, j, True, RUNNING, BOX, CUT, STAGES, dtype)
             o, p, decay, sums, top = state
             slot = (at + count) % STAGES
             mbarrier.wait(full.index(slot), (at + count) // STAGES & 1)
-            o = o * gl.convert_layout(decay, gl.SliceLayout(1, o_layout))[:, None]
+            if RUNNING:
+                o = o * gl.convert_layout(decay, gl.SliceLayout(1, o_layout))[:, None]
             o = warpgroup_mma(p, v_tiles.index(slot), o, is_async=True)
             o = warpgroup_mma_wait(0, deps=[o])
             mbarrier.arrive(empty.index(slot))
@@ -352,6 +383,10 @@ def _rows(
             total = gl.convert_layout(gl.sum(sums, 1), rows_layout)
         place = PART * M + gl.arange(0, M, layout=rows_layout)
         real = _real(block, place, starts, grid, boxes, BOX, CUT)
+        if not RUNNING:
+            over = real & ((total <= LIMIT) == 0)  # or no number
+            gl.store(AGAIN + row + gl.zeros_like(place), 1, mask=over)
+            gl.store(AGAIN + lists_count + gl.zeros_like(place), 1, mask=over)
         held = gl.convert_layout(real & (total > 0.0), gl.SliceLayout(1, o_layout))
         o = o / gl.convert_layout(total, gl.SliceLayout(1, o_layout))[:, None]
         q.store(gl.where(held[:, None], o, 0.0).to(dtype))  # a place without a token may hold NaN
@@ -378,9 +413,14 @@ def _rows(
 @gluon.jit
 def attention(
     q_video, k_video, v_video, out_video, q_text, k_text, v_text, out_text, LSE, ROWS, COUNTS, WHOLE, BLOCKS, STARTS,
-    TAKEN, scale, items, heads, q_blocks, capacity, length, T, Y, X,
+    TAKEN, AGAIN, scale, items, heads, q_blocks, capacity, length, T, Y, X,
     BOX: gl.constexpr, CUT: gl.constexpr, HALF: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    RUNNING: gl.constexpr, FLAGGED: gl.constexpr,
 ):  # fmt: skip
+    """The whole kernel.
+
+    RUNNING, FLAGGED: see `passes`; AGAIN [lists + 1] holds the flags of query blocks, and last whether there is any.
+    """
     N: gl.constexpr = BOX[0] * BOX[1] * BOX[2]
     dtype: gl.constexpr = q_video.dtype
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -408,14 +448,17 @@ def attention(
     barriers = (q_full, q_empty, full, empty, mail_full, mail_empty)
     grid = (T, Y, X)
     boxes = ((T + BOX[0] - 1) // BOX[0]) * ((Y + BOX[1] - 1) // BOX[1]) * ((X + BOX[2] - 1) // BOX[2])
-    lists = (ROWS, COUNTS, WHOLE, BLOCKS, heads, q_blocks, capacity, items * q_blocks)
+    total = items * q_blocks
+    if FLAGGED:
+        total = gl.where(gl.load(AGAIN + total) > 0, total, 0)
+    lists = (ROWS, COUNTS, WHOLE, BLOCKS, AGAIN, heads, q_blocks, capacity, total)
     ours = (out_video, out_text, LSE, STARTS, scale, length, tiles, barriers, mail, lists, grid, boxes)
     theirs = (q_video, k_video, v_video, q_text, k_text, v_text, TAKEN, tiles, barriers, mail, lists, grid, boxes)
     gl.warp_specialize(
         [
-            (_rows, (ours, 0, BOX, CUT, HALF, D, STAGES, dtype)),
-            (_rows, (ours, 1, BOX, CUT, HALF, D, STAGES, dtype)),
-            (_copies, (theirs, BOX, HALF, D, STAGES)),
+            (_rows, (ours, 0, BOX, CUT, HALF, D, STAGES, RUNNING, dtype)),
+            (_rows, (ours, 1, BOX, CUT, HALF, D, STAGES, RUNNING, dtype)),
+            (_copies, (theirs, BOX, HALF, D, STAGES, FLAGGED)),
         ],
         [4, 1],
         [240, 24],

@@ -27,6 +27,7 @@ from ..layout import Layout, permutation
 from ..parts import part
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+LIMIT: tl.constexpr = tl.constexpr(2.0**64)  # of a row's sum; its products with values below 2^63 cannot overflow
 
 
 def refuse(q: Tensor, plan: Plan) -> str | None:
@@ -53,19 +54,32 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, layout: Layout) -> tuple[Te
     q_tiles, q_blocks = -(-plan.q_block // m), counts.shape[2]
     q_starts, kv_starts = plan.q_offsets.contiguous(), plan.kv_offsets.contiguous()
     forward = _tuned(q.element_size() == 2, triton.next_power_of_2(plan.kv_block))[q_blocks * q_tiles, batch * heads]
-    contextvars.copy_context().run(
-        _with_scratch, forward,
-        q, k, v, out, lse, q_starts, kv_starts, rows, counts, whole, blocks,
-        math.log2(math.e) / math.sqrt(dim), heads, q_blocks, kv_starts.shape[-1] - 1, blocks.shape[-1], length,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_shared(q_starts), *_shared(kv_starts),
-        D=dim, M=m, Q_TILES=q_tiles, KV_BLOCK=plan.kv_block,
-        UPCAST=INTERPRETED and q.dtype != torch.float32, PRECISION="ieee",
-    )  # fmt: skip
+    again = torch.zeros(counts.numel() + 1, dtype=torch.int32, device=q.device)
+    for running, flagged in passes(q.dtype):
+        contextvars.copy_context().run(
+            _with_scratch, forward,
+            q, k, v, out, lse, q_starts, kv_starts, rows, counts, whole, blocks, again,
+            math.log2(math.e) / math.sqrt(dim), heads, q_blocks, kv_starts.shape[-1] - 1, blocks.shape[-1], length,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_shared(q_starts), *_shared(kv_starts),
+            D=dim, M=m, Q_TILES=q_tiles, KV_BLOCK=plan.kv_block, RUNNING=running, FLAGGED=flagged,
+            UPCAST=INTERPRETED and q.dtype != torch.float32, PRECISION="ieee",
+        )  # fmt: skip
     if q_order is None:
         return out, lse
     with part("restore"):
         back = q_order.argsort(-1)
         return take(out, back), lse.gather(2, back.expand(batch, heads, -1))
+
+
+def passes(dtype: torch.dtype) -> tuple[tuple[bool, bool], ...]:
+    """The launches of a forward kernel: (relative to a running maximum, only what is flagged).
+
+    A softmax is the same whatever its powers are relative to, as long as none overflows. Relative to a row's maximum in
+    its first kept tile it needs no maximum of the others and no rescaling. Query blocks of which a row's sum passes
+    `LIMIT` (or is no number) are flagged on the device, and a second launch, which else ends at once, computes them
+    again with a running maximum. float16 has not the range for that.
+    """
+    return ((True, False),) if dtype == torch.float16 else ((False, False), (True, True))
 
 
 def _with_scratch(launch: Any, *arguments: Any, **options: Any) -> None:
@@ -156,11 +170,12 @@ def _whole_first(
 @triton.jit
 def _walk(
     q, acc, top, total, k, v, blocks, starts, first, last, scale,
-    N: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    N: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, RUNNING: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Softmax and products over the tiles of kept blocks first to last; k and v describe [tokens, channels].
 
-    A list's whole blocks (those that WHOLE says, by first token) or its others.
+    A list's whole blocks (those that WHOLE says, by first token) or its others; RUNNING: see `passes`.
     """
     TILES: tl.constexpr = (BLOCK + N - 1) // N
     MASKED: tl.constexpr = not WHOLE or BLOCK % N != 0
@@ -180,30 +195,39 @@ def _walk(
         if MASKED:
             s = tl.where(live[None, :], s, -float("inf"))
             values = tl.where(live[:, None], values, 0.0)  # what is not a key may be NaN
-        new = tl.maximum(top, tl.max(s, 1) * scale)
-        base = new
-        if MASKED:
-            base = tl.where(new == -float("inf"), 0.0, new)  # a row that has met only empty tiles
+        if RUNNING:
+            new = tl.maximum(top, tl.max(s, 1) * scale)
+            base = new
+            if MASKED:
+                base = tl.where(new == -float("inf"), 0.0, new)  # a row that has met only empty tiles
+            decay = tl.math.exp2(top - base)
+            total, acc, top = total * decay, acc * decay[:, None], new
+        else:
+            base = top
         p = tl.math.exp2(s * scale - base[:, None])
-        decay = tl.math.exp2(top - base)
-        total = total * decay + tl.sum(p, 1)
-        acc = tl.dot(p.to(values.dtype), values, acc * decay[:, None], input_precision=PRECISION)
-        top = new
+        total += tl.sum(p, 1)
+        acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
     return acc, top, total
 
 
 @triton.jit
 def _forward(
-    Q, K, V, OUT, LSE, Q_START, KV_START, ROWS, COUNTS, WHOLE, BLOCKS,
+    Q, K, V, OUT, LSE, Q_START, KV_START, ROWS, COUNTS, WHOLE, BLOCKS, AGAIN,
     scale, heads, q_blocks, kv_blocks, capacity, length, q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h,
     qs_b, qs_h, ks_b, ks_h,
-    D: tl.constexpr, M: tl.constexpr, Q_TILES: tl.constexpr, KV_BLOCK: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr, N: tl.constexpr,
+    D: tl.constexpr, M: tl.constexpr, Q_TILES: tl.constexpr, KV_BLOCK: tl.constexpr, RUNNING: tl.constexpr,
+    FLAGGED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
+    lists = tl.num_programs(1) * q_blocks
+    if FLAGGED and tl.load(AGAIN + lists) == 0:
+        return
     # 64 bits: an item's offset passes 2^31 at the largest shapes
     item = tl.program_id(1).to(tl.int64)
     b, h = item // heads, item % heads
     block = tl.load(ROWS + item * q_blocks + tl.program_id(0) // Q_TILES)
+    row = item * q_blocks + block
+    if FLAGGED and tl.load(AGAIN + row) == 0:
+        return
     q_start = Q_START + b * qs_b + h * qs_h + block
     rows = tl.load(q_start) + (tl.program_id(0) % Q_TILES) * M + tl.arange(0, M)
     real = rows < tl.load(q_start + 1)
@@ -215,18 +239,32 @@ def _forward(
     acc = tl.zeros([M, D], tl.float32)
     top = tl.full([M], -float("inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
-    row = item * q_blocks + block
     whole = tl.load(WHOLE + row)
     k = tl.make_tensor_descriptor(K + b * k_b + h * k_h, [length, D], [k_s, 1], [N, D])
     v = tl.make_tensor_descriptor(V + b * v_b + h * v_h, [length, D], [v_s, 1], [N, D])
     starts, blocks = KV_START + b * ks_b + h * ks_h, BLOCKS + row * capacity
     count = tl.load(COUNTS + row)
+    if not RUNNING:
+        start = tl.load(blocks, mask=count > 0, other=0)
+        end = start + KV_BLOCK
+        if whole == 0:
+            end = tl.load(starts + start + 1)
+            start = tl.load(starts + start)
+        keys = k.load([start, 0])
+        if UPCAST:
+            keys = keys.to(tl.float32)
+        s = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale
+        top = tl.max(tl.where((start + tl.arange(0, N) < end)[None, :], s, -float("inf")), 1)
     acc, top, total = _walk(
-        q, acc, top, total, k, v, blocks, starts, 0, whole, scale, N, KV_BLOCK, True, UPCAST, PRECISION
+        q, acc, top, total, k, v, blocks, starts, 0, whole, scale, N, KV_BLOCK, True, RUNNING, UPCAST, PRECISION
     )
     acc, top, total = _walk(
-        q, acc, top, total, k, v, blocks, starts, whole, count, scale, N, KV_BLOCK, False, UPCAST, PRECISION
+        q, acc, top, total, k, v, blocks, starts, whole, count, scale, N, KV_BLOCK, False, RUNNING, UPCAST, PRECISION
     )
+    if not RUNNING:
+        over = real & ((total <= LIMIT) == 0)  # or no number
+        tl.store(AGAIN + row + tl.zeros_like(rows), 1, over)
+        tl.store(AGAIN + lists + tl.zeros_like(rows), 1, over)
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     lse = (top + tl.math.log2(total)) * 0.6931471805599453
     lse = tl.where(total == 0.0, -float("inf"), lse)

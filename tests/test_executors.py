@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from draftbench.kernels import fa4, reference, run
+from draftbench.kernels import fa4, gluon, reference, run
 
 from draftbench.attention import Plan, count_pairs
 from draftbench.layout import Box, Identity, Index, Layout, box_sizes, even_sizes, offsets
@@ -126,6 +126,58 @@ def check(executor, layout, q, k, v, plan, has_lse=True):
 def test_agrees_with_reference(executor, name, dtype):
     layout, _, q, k, v, plan = inputs(*CASES[name], dtype)
     check(run(executor), layout, q, k, v, plan)
+
+
+def flags(executor, layout, q, k, v, plan):
+    """Which query blocks are computed again, with a running maximum [B, H, q_blocks], and whether any is."""
+    made, zeros = [], torch.zeros
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "zeros", lambda *size, **options: made.append(zeros(*size, **options)) or made[-1])
+        run(executor)(q, k, v, plan, layout)
+    lists = plan.counts.numel() + 1
+    (found,) = (x[-lists:] for x in made if x.shape in ((lists,), (8 + lists,)))  # gluon's counters come before
+    return found[:-1].view(plan.counts.shape) != 0, bool(found[-1])
+
+
+def far_above(executor, block, dim, box):
+    """Keys of the second frame have logits of hundreds of nats, those of the first, which come first, of a few."""
+    layout, _, q, k, v, plan = inputs((2, 8, 16), 5, lambda l, t, h: box_plan(l, t, box, h), torch.bfloat16, dim)
+    k[:, layout.video // 2 : layout.video] *= 100
+    assert plan.q_block == block
+    expected, expected_lse = reference.run(q.double(), k.double(), v.double(), plan, layout)
+    out, lse = run(executor)(q, k, v, plan, layout)
+    finite = expected_lse.isfinite()
+    assert (lse.isfinite() == finite).all() and (lse - expected_lse)[finite].abs().max() <= 1e-2
+    # Of one row more than elsewhere: a few keys have all the weight, and rounded weights do not average out.
+    assert (out - expected).norm() <= BOUNDS[q.dtype] * expected.norm()
+    again, any_again = flags(executor, layout, q, k, v, plan)
+    assert any_again and again[:, 0, 0].all()  # these lists have all blocks
+    assert not again[:, 1, 0].any() and not again[:, :, -1].any()  # and these none, or one of the first frame
+
+
+def never_again(executor, dim, grid, text, box):
+    """Ordinary logits, and places without a token, at a grid's edge and behind the text."""
+    layout, _, q, k, v, plan = inputs(grid, text, lambda l, t, h: box_plan(l, t, box, h), torch.bfloat16, dim)
+    again, any_again = flags(executor, layout, q, k, v, plan)
+    assert not again.any() and not any_again
+
+
+def test_logits_that_pass_the_range_of_powers_over_the_first_blocks_maximum():
+    far_above("triton", 32, 32, Box(1, 4, 8))
+
+
+def test_ordinary_logits_are_computed_once():
+    never_again("triton", 32, (3, 9, 13), 40, Box(2, 4, 8))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("executor", ["triton", "gluon"])
+def test_both_on_a_gpu(executor):
+    if executor == "gluon" and (reason := gluon.unavailable(DEVICE)):
+        pytest.skip(reason)
+    far_above(executor, 128, 64, Box(1, 8, 16))
+    never_again(executor, 64, (3, 9, 20), 77, Box(1, 8, 16))
 
 
 @pytest.mark.skipif(GPU or not shutil.which("g++"), reason="on a CPU, with a compiler")
