@@ -1,7 +1,7 @@
 """From scores over blocks to kept-block lists: what the block-selecting methods share.
 
-Plain torch, the reference and the way on a CPU; what `fast` allows goes to the kernels in `draft.py` instead. Nothing
-here synchronises with the host.
+Plain torch, the reference and the way on a CPU; what `fast` allows goes to the kernels in `draft.py` and `rows.py`
+instead. Nothing here synchronises with the host.
 """
 
 from __future__ import annotations
@@ -24,6 +24,15 @@ def fast(x: Tensor) -> bool:
     The rest is plain torch, whose results are the same.
     """
     return x.device.type == "cuda" and x.dtype != torch.float64 and triton_version() is not None
+
+
+def fits(x: Tensor) -> bool:
+    """Whether `rows.py` takes x, whose rows it holds in registers."""
+    if not fast(x):
+        return False
+    from draftbench.kernels import rows
+
+    return x.shape[-1] <= rows.WIDEST
 
 
 @part("pool")
@@ -87,9 +96,15 @@ def keep_over_threshold(scores: Tensor, sparsity: float, box: Box, grid: tuple[i
 
 @part("select")
 def keep_per_row(scores: Tensor, counts: Tensor) -> Tensor:
-    """Keep the `counts` [B, H, n] largest of each row of scores [B, H, n, m]."""
-    rank = scores.argsort(-1, descending=True).argsort(-1)
-    return rank < counts[..., None]
+    """Keep the `counts` [B, H, n] largest of each row of scores [B, H, n, m], of equal ones the first."""
+    if fits(scores):
+        from draftbench.kernels import rows
+
+        with on_device_of(scores):
+            return rows.most(scores, counts)
+    ranked = scores.argsort(dim=-1, descending=True, stable=True)
+    kept = torch.arange(scores.shape[-1], device=scores.device) < counts[..., None]
+    return torch.empty_like(kept).scatter_(-1, ranked, kept)
 
 
 @part("select")
@@ -105,9 +120,15 @@ def keep_share(weights: Tensor, share: float, least: int = 1, crossing: bool = T
     """Keep the largest of each row of weights [B, H, n, m], which sum to one, until their sum passes `share`.
 
     The weight that crosses it is kept too if `crossing`; `least` at least are kept, and a share of 1 keeps everything.
+    Of equal weights the first are kept.
     """
     if share >= 1:
         return torch.ones_like(weights, dtype=torch.bool)
+    if fits(weights):
+        from draftbench.kernels import rows
+
+        with on_device_of(weights):
+            return rows.share(weights, share, least, crossing)
     ranked, where = weights.sort(dim=-1, descending=True, stable=True)
     total = ranked.cumsum(-1)
     kept = (total - ranked if crossing else total) <= share
