@@ -7,6 +7,7 @@ frame, rows, then columns (frame-major). An *order* rearranges the video tokens;
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -74,19 +75,16 @@ class Box:
         """Number of boxes along each axis of `over(grid)`."""
         return tuple(-(-n // b) for n, b in zip(self.over(grid), (self.t, self.h, self.w), strict=True))  # type: ignore[return-value]
 
-    def halved(self, tokens: int) -> Box:
-        """The box cut in halves, along t first, down to `tokens` tokens; as it is if that does not come out even."""
-        t, h, w = self.t, self.h, self.w
-        while t * h * w > tokens:
-            if t % 2 == 0:
-                t //= 2
-            elif h % 2 == 0:
-                h //= 2
-            elif w % 2 == 0:
-                w //= 2
-            else:
-                return self
-        return Box(t, h, w, stacked=self.stacked) if t * h * w == tokens else self
+    def cut(self, tokens: int) -> Box:
+        """The box in equal parts of `tokens` tokens, cut along t first; as it is if it has none such."""
+        parts = itertools.product(*(_divisors(side) for side in (self.w, self.h, self.t)))
+        fit = next(((t, h, w) for w, h, t in parts if t * h * w == tokens), (self.t, self.h, self.w))
+        return Box(*fit, stacked=self.stacked)
+
+
+def _divisors(number: int) -> list[int]:
+    """The largest first."""
+    return [n for n in range(number, 0, -1) if number % n == 0]
 
 
 @dataclass(frozen=True, eq=False)

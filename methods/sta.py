@@ -43,7 +43,7 @@ def window_plan(box: Box, windows: Sequence[Window], q: Tensor, call: Call) -> P
     """The plan of a window in tiles for each head."""
     grid = call.layout.grid
     mask = torch.stack([window_mask(box, grid, window, q.device) for window in windows])
-    part = box.halved(BLOCK)
+    part = box.cut(BLOCK)
     if part != box:
         owner = owners(part, box, grid, q.device)
         mask = mask[:, owner][:, :, owner]

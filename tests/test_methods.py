@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -223,15 +224,23 @@ def test_controls_of_dense_drop_nothing(name):
     assert build(name, 0.9).sparsity == 0
 
 
+def test_a_box_is_cut_along_its_first_axis_first():
+    cuts = {(6, 8, 8): (2, 8, 8), (4, 8, 8): (2, 8, 8), (2, 16, 16): (1, 8, 16), (1, 16, 8): (1, 16, 8)}
+    cuts |= {(3, 5, 7): (3, 5, 7), (2, 4, 4): (2, 4, 4)}  # no parts of 128
+    assert {box: Box(*box).cut(128) for box in cuts} == {box: Box(*part) for box, part in cuts.items()}
+    assert Box(1, 16, 16, stacked=True).cut(128) == Box(1, 8, 16, stacked=True)
+
+
+@pytest.mark.parametrize("tile", [(4, 8, 8), (6, 8, 8)], ids=str)
 @pytest.mark.parametrize("grid", [(8, 16, 16), (9, 17, 20)], ids=str)
-def test_a_large_tile_is_listed_in_parts(grid, monkeypatch):
-    """256 tokens a tile: the same pairs as by whole tiles, in blocks of 128."""
+def test_a_large_tile_is_listed_in_parts(grid, tile, monkeypatch):
+    """The same pairs as by whole tiles, in blocks of 128."""
     call = SimpleNamespace(layout=Layout(grid, 5), text_lengths=torch.tensor([5, 2]))
     q = torch.zeros(2, call.layout.length, 4, 8)
-    plan = sta.STA(0.6, tile=(4, 8, 8)).plan(q, q, q, call)
-    monkeypatch.setattr(sta, "BLOCK", 256)
-    whole = sta.STA(0.6, tile=(4, 8, 8)).plan(q, q, q, call)
-    assert (plan.q_block, whole.q_block) == (128, 256)
+    plan = sta.STA(0.6, tile=tile).plan(q, q, q, call)
+    monkeypatch.setattr(sta, "BLOCK", math.prod(tile))
+    whole = sta.STA(0.6, tile=tile).plan(q, q, q, call)
+    assert (plan.q_block, whole.q_block) == (128, math.prod(tile))
     assert (count_pairs(plan, call.layout)[1] == count_pairs(whole, call.layout)[1]).all()
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, call.layout.length, 4, 8)
