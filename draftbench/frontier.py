@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from .bootstrap import Estimate, estimate
 from .contrasts import Contrasts, Row, by_prompt, clip
 from .method_tables import check_same, grouped, provenance
-from .tabular import canvas, save
+from .tabular import canvas, ok, save
 
 METRIC, LABEL = "psnr_db", "PSNR dB to dense"
 CLOSE = 0.02  # how far a timed call's sparsity may be from what was asked
@@ -45,13 +45,13 @@ def join(cells: Sequence[Row], times: Sequence[Row], rule: Contrasts) -> dict[st
             raise ValueError(f"time: rows with different {name} share no picture")
     quality: dict[tuple[str, float], Estimate] = {}
     for (setting, method), group in groups.items():
-        clips = by_prompt((row["prompt"], row[METRIC]) for row in group if row["status"] == "ok")
+        clips = by_prompt((row["prompt"], row[METRIC]) for row in group if ok(row))
         if clips and method != "dense" and not setting.knob:
             quality[method, setting.sparsity] = estimate(clips, rule.draws, rule.seed)
     found: dict[str, list[Point]] = {}
     for row in sorted(times, key=lambda row: (row["shape"], row["method"], row["sparsity"])):
         key = row["method"], row["sparsity"]
-        if row["status"] == "ok" and key in quality and not off(row):
+        if ok(row) and key in quality and not off(row):
             ms = (row["ms"]["p20"], row["ms"]["p50"], row["ms"]["p80"])
             found.setdefault(row["shape"], []).append(Point(*key, ms, quality[key]))
     return found
@@ -59,7 +59,7 @@ def join(cells: Sequence[Row], times: Sequence[Row], rule: Contrasts) -> dict[st
 
 def off(row: Row) -> bool:
     """Whether a timed call dropped another share than asked, by more than `CLOSE`, so that its time is of none."""
-    return row["status"] == "ok" and abs(row["sparsity_achieved"] - row["sparsity"]) > CLOSE
+    return ok(row) and abs(row["sparsity_achieved"] - row["sparsity"]) > CLOSE
 
 
 def figure(
@@ -83,8 +83,8 @@ def figure(
         for number, method in enumerate(methods):
             own = [point for point in points if point.method == method]
             if own:
-                axes.errorbar(**_line(own), label=method, color=f"C{number % 10}", marker="os^Dvx"[number // 10 % 6],
-                              markersize=4, linewidth=1, capsize=2)  # fmt: skip
+                axes.errorbar(**_line(own), label=None if level else method, color=f"C{number % 10}",
+                              marker="os^Dvx"[number // 10 % 6], markersize=4, linewidth=1, capsize=2)  # fmt: skip
             for point in own:
                 text = method if level else f"{point.sparsity:.0%}"
                 axes.annotate(text, (point.ms[1], point.quality.mean), fontsize=7, xytext=(3, 3),
@@ -92,15 +92,14 @@ def figure(
         dense = [row["dense"]["ms"] for row in times if row["shape"] == shape and row["dense"] and row["dense"]["ms"]]
         if dense:
             axes.axvline(sorted(dense)[len(dense) // 2], color="k", linestyle="--", linewidth=1, label="dense")
-        handles, labels = axes.get_legend_handles_labels()
         quality, time = sources(cells, times, shape, names)
         axes.set(title=shape + level, xscale="log", xlabel=time, ylabel=quality)
         axes.grid(alpha=0.3, which="both")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("")
-        named = [i for i, label in enumerate(labels) if not level or label == "dense"]
-        axes.legend([handles[i] for i in named], [labels[i] for i in named], fontsize=7)
+        if dense or not level:
+            axes.legend(fontsize=7)
     about = [textwrap.fill(f"Fidelity: {provenance(cells)}", 120)]
     about.append("No evidence about clips of the models whose shapes these are.")
     if left := sorted({row["method"] for row in times if off(row)}):

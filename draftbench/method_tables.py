@@ -119,7 +119,7 @@ def provenance(rows: Sequence[Row]) -> str:
 
 def short(rows: Sequence[Row]) -> Table:
     """The table for the README: a row a method, PSNR and LPIPS at each sparsity, or at each warm-up if those vary."""
-    cells = grouped([row for row in rows if row["status"] == "ok"])
+    cells = grouped(list(filter(ok, rows)))
     return _pivot(cells, "short", "warmup" if len({setting.warmup for setting, _ in cells}) > 1 else "sparsity")
 
 
@@ -133,7 +133,7 @@ def _pivot(cells: Cells, name: str, across: str, note: str = "") -> Table:
             level, row = getattr(setting, across), getattr(setting, down)
             psnr, lpips = mean(group, "psnr_db"), mean(group, "lpips")
             numbers = [format(x, form) if x is not None else "-" for x, form in ((psnr, ".1f"), (lpips, ".3f"))]
-            text = f"{' / '.join(numbers)} ({sum(one['status'] == 'ok' for one in group)})"
+            text = f"{' / '.join(numbers)} ({sum(map(ok, group))})"
             if setting.knob:
                 text += f", {mean(group, 'sparsity_achieved') or 0:.0%} by {setting.knob}"
             if setting.knob and across == "sparsity":
@@ -164,14 +164,14 @@ def mean(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
 
 def summary(group: Sequence[Row]) -> Row:
     """The values of one method at one setting: clips, and the mean of each measure over those that worked."""
-    ok = [row for row in group if row["status"] == "ok"]
+    worked = list(filter(ok, group))
     failed = "; ".join(sorted({row["status"] for row in group} - {"ok"}))
-    clips = failed if not ok else f"{len(ok)} of {len(group)}; {failed}" if failed else f"{len(ok)}"
-    quality = [row["quality"]["method"] for row in ok if row.get("quality")]
+    clips = failed if not worked else f"{len(worked)} of {len(group)}; {failed}" if failed else f"{len(worked)}"
+    quality = [row["quality"]["method"] for row in worked if row.get("quality")]
     names = ("sparsity_achieved", "density_effective", *METRICS)
-    values: Row = {name: mean(ok, name) for name in names}
+    values: Row = {name: mean(worked, name) for name in names}
     values |= {name: mean(quality, name) for name in ("motion_right", "scene_right")}
-    values |= {name: mean(ok, name) for name in ("generate_s", "speedup_generate", "speedup_attention")}
+    values |= {name: mean(worked, name) for name in ("generate_s", "speedup_generate", "speedup_attention")}
     setting = Setting.of(group[0])
     return {**setting._asdict(), "method": group[0]["method"], "clips": clips, **values}
 
@@ -210,7 +210,7 @@ def _intervals(group: Sequence[Row], rule: Contrasts) -> Row:
     """The ends of the 95% interval of each metric's mean, None where there is none."""
     values: Row = {}
     for name in METRICS:
-        clips = by_prompt((row["prompt"], row[name]) for row in group if row["status"] == "ok")
+        clips = by_prompt((row["prompt"], row[name]) for row in group if ok(row))
         made = estimate(clips, rule.draws, rule.seed) if clips else None
         values |= {f"{name}_low": made and made.low, f"{name}_high": made and made.high}
     return values
@@ -248,4 +248,4 @@ def _diagnostics(notes: Sequence[Row]) -> Table:
 
 
 def _values(rows: Sequence[Row], name: str) -> list[float]:
-    return [row[name] for row in rows if row["status"] == "ok" and row[name] is not None]
+    return [row[name] for row in filter(ok, rows) if row[name] is not None]

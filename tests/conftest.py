@@ -3,6 +3,8 @@
 import itertools
 import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -104,3 +106,17 @@ def configured(one_thread, small):
 
     common = [*small, "model.geometry.tile=[1,4,4]", "model.geometry.block=16", "latency.enabled=false"]
     return make
+
+
+@pytest.fixture
+def compiled_alone(tmp_path):
+    """Run a script that compiles kernels for a GPU and then prints "compiled", in a process without the interpreter."""
+
+    def run(text):
+        script = tmp_path / "compiled.py"  # Triton reads the source of its kernels from files
+        script.write_text(text)
+        env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+        ran = subprocess.run([sys.executable, "-P", script], capture_output=True, text=True, env=env, check=False)
+        assert ran.stdout.startswith("compiled"), ran.stderr
+
+    return run

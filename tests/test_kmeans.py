@@ -1,9 +1,5 @@
 """The Triton kernels of k-means find the clusters of the torch reference, and compile for a Hopper GPU without one."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from draftbench.kernels import clusters, kmeans
@@ -167,9 +163,5 @@ print("compiled", made.metadata.shared, registers)
 
 
 @pytest.mark.parametrize("case", [("*bf16", 128), ("*bf16", 64), ("*fp16", 128)], ids=["bf16-128", "bf16-64", "fp16"])
-def test_they_compile(case, tmp_path):
-    script = tmp_path / "compiled.py"  # as in test_gluon.py
-    script.write_text(COMPILE.replace("CASE", repr(case)))
-    env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    ran = subprocess.run([sys.executable, "-P", script], capture_output=True, text=True, env=env, check=False)
-    assert ran.stdout.startswith("compiled"), ran.stderr
+def test_they_compile(case, compiled_alone):
+    compiled_alone(COMPILE.replace("CASE", repr(case)))
