@@ -26,6 +26,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
+TURNS = gl.constexpr(200)  # from so many kept blocks on, row groups start their products in strict turns
 WIDTH = 64  # channels a copy: 128 bytes, the widest swizzle
 
 
@@ -177,7 +178,7 @@ def _copies(
     """The group that hands out query blocks and starts copies, step after step as slots fall empty."""
     q_video, k_video, v_video, q_text, k_text, v_text, TAKEN, tiles, barriers, mail, lists, grid, boxes = arguments
     q_tile, k_tiles, v_tiles = tiles
-    q_full, q_empty, full, empty, mail_full, mail_empty = barriers
+    q_full, q_empty, full, empty, mail_full, mail_empty, _ = barriers
     _, COUNTS, _, BLOCKS, _, heads, _, capacity, total = lists
     BYTES: gl.constexpr = BOX[0] * BOX[1] * BOX[2] * D * 2
     M: gl.constexpr = HALF[0] * HALF[1] * HALF[2]
@@ -278,21 +279,23 @@ def _row_max(x, layout: gl.constexpr):
 
 @gluon.jit
 def _step(
-    one, known, state, at, j,
+    one, known, state, at, j, turn,
     MASKED: gl.constexpr, RUNNING: gl.constexpr, BOX: gl.constexpr, CUT: gl.constexpr, STAGES: gl.constexpr,
     dtype: gl.constexpr,
 ):  # fmt: skip
     """Scores of kept block j, values of block j - 1: both products start, the softmax runs while the second does."""
-    q, k_tiles, v_tiles, q_full, full, empty, n, scale, zero = one
+    q, k_tiles, v_tiles, q_full, full, empty, n, scale, zero, mine, other, strict = one
     blocks, places, starts, grid, boxes = known
     o, p, decay, sums, top = state
     rows: gl.constexpr = top.type.layout
     slot = (at + j) % STAGES
     mbarrier.wait(full.index(slot), (at + j) // STAGES & 1)
+    mbarrier.wait(mine, turn + j & 1, pred=strict)
     s = warpgroup_mma(q, k_tiles.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
     if RUNNING:
         o = o * gl.convert_layout(decay, gl.SliceLayout(1, o.type.layout))[:, None]  # while the first product runs
     o = warpgroup_mma(p, v_tiles.index(slot), o, is_async=True)
+    mbarrier.arrive(other, pred=strict)
     s = warpgroup_mma_wait(1, deps=[s])
     if MASKED:
         real = _real(gl.load(blocks + j), places, starts, grid, boxes, BOX, CUT)
@@ -321,7 +324,7 @@ def _rows(
     out_video, out_text, LSE, STARTS, scale, length, tiles, barriers, mail, lists, grid, boxes = arguments
     _, COUNTS, WHOLE, BLOCKS, AGAIN, heads, q_blocks, capacity, lists_count = lists
     q_tile, k_tiles, v_tiles = tiles
-    q_full, q_empty, full, empty, mail_full, mail_empty = barriers
+    q_full, q_empty, full, empty, mail_full, mail_empty, turns = barriers
     N: gl.constexpr = BOX[0] * BOX[1] * BOX[2]
     M: gl.constexpr = N // 2
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
@@ -333,6 +336,7 @@ def _rows(
     zero = gl.zeros([M, N], gl.float32, s_layout)
     n = gl.to_tensor(0)
     at = gl.to_tensor(0)
+    turn = gl.to_tensor(-1)
     job = _next(mail, mail_full, mail_empty, n)
     while job >= 0:
         item, block, row = _list_of(job, lists)
@@ -360,17 +364,19 @@ def _rows(
             sums = _in_thread_sum(p32)
             p = gl.convert_layout(p32.to(dtype), p_layout)
             decay = gl.full([M], 1.0, gl.float32, rows_layout)
-            one = (q, k_tiles, v_tiles, q_full.index(PART), full, empty, n, scale, zero)
+            strict = count >= TURNS
+            mine, other = turns.index(PART), turns.index(1 - PART)
+            one = (q, k_tiles, v_tiles, q_full.index(PART), full, empty, n, scale, zero, mine, other, strict)
             known = (blocks, places, starts, grid, boxes)
             state = (o, p, decay, sums, top)
             pairs = gl.maximum(whole - 1, 0) // 2  # two steps a turn: p and its successor swap registers
             for i in range(pairs):
-                state = _step(one, known, state, at, 1 + 2 * i, False, RUNNING, BOX, CUT, STAGES, dtype)
-                state = _step(one, known, state, at, 2 + 2 * i, False, RUNNING, BOX, CUT, STAGES, dtype)
+                state = _step(one, known, state, at, 1 + 2 * i, turn, False, RUNNING, BOX, CUT, STAGES, dtype)
+                state = _step(one, known, state, at, 2 + 2 * i, turn, False, RUNNING, BOX, CUT, STAGES, dtype)
             if 1 + 2 * pairs < whole:
-                state = _step(one, known, state, at, 1 + 2 * pairs, False, RUNNING, BOX, CUT, STAGES, dtype)
+                state = _step(one, known, state, at, 1 + 2 * pairs, turn, False, RUNNING, BOX, CUT, STAGES, dtype)
             for j in range(gl.maximum(whole, 1), count):
-                state = _step(one, known, state, at, j, True, RUNNING, BOX, CUT, STAGES, dtype)
+                state = _step(one, known, state, at, j, turn, True, RUNNING, BOX, CUT, STAGES, dtype)
             o, p, decay, sums, top = state
             slot = (at + count) % STAGES
             mbarrier.wait(full.index(slot), (at + count) // STAGES & 1)
@@ -380,6 +386,7 @@ def _rows(
             o = warpgroup_mma_wait(0, deps=[o])
             mbarrier.arrive(empty.index(slot))
             at += count + 1
+            turn += gl.where(strict, count - 1, 0)
             total = gl.convert_layout(gl.sum(sums, 1), rows_layout)
         place = PART * M + gl.arange(0, M, layout=rows_layout)
         real = _real(block, place, starts, grid, boxes, BOX, CUT)
@@ -435,17 +442,20 @@ def attention(
     mail_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
     for i in gl.static_range(2):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
         mbarrier.init(mail_full.index(i), count=1)
+        mbarrier.init(turns.index(i), count=1)
         mbarrier.init(mail_empty.index(i), count=2)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
     tiles = (q_tile, k_tiles, v_tiles)
-    barriers = (q_full, q_empty, full, empty, mail_full, mail_empty)
+    barriers = (q_full, q_empty, full, empty, mail_full, mail_empty, turns)
+    mbarrier.arrive(turns.index(0))
     grid = (T, Y, X)
     boxes = ((T + BOX[0] - 1) // BOX[0]) * ((Y + BOX[1] - 1) // BOX[1]) * ((X + BOX[2] - 1) // BOX[2])
     total = items * q_blocks
