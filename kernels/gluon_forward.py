@@ -26,7 +26,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
-TURNS = gl.constexpr(200)  # from so many kept blocks on, row groups start their products in strict turns
+TURNS = gl.constexpr(1)  # from so many kept blocks on, row groups start their products in strict turns
 WIDTH = 64  # channels a copy: 128 bytes, the widest swizzle
 
 
