@@ -192,6 +192,12 @@ def _fa4(case: Case) -> Ready:
     return Ready(run, lambda: case.plan, lambda result: result[0])
 
 
+def _gluon(case: Case) -> Ready:
+    if reason := kernels.gluon.unavailable(case.q.device):
+        raise Absent(reason)
+    return Ready(functools.partial(kernels.gluon.dense, case.q, case.k, case.v), lambda: case.plan)
+
+
 def _fa4_sparse(case: Case) -> Ready:
     attend = need("flash_attn.cute.interface", "flash-attn-4")._flash_attn_fwd
     sparsity = need("flash_attn.cute.block_sparsity", "flash-attn-4")
@@ -296,6 +302,7 @@ PEERS = (
     Contestant("fa2", "dense", functools.partial(_sdpa, SDPBackend.FLASH_ATTENTION), "FlashAttention-2 through SDPA"),
     Contestant("fa3", "dense", _fa3, "FlashAttention-3 (flash_attn_interface)"),
     Contestant("fa4", "dense", _fa4, "FlashAttention-4 (flash-attn-4)"),
+    Contestant("gluon", "dense", _gluon, "our executor on a list of all blocks"),
     Contestant("draft_paper", "whole", _paper, "draft, selected and reordered as the paper's code does", None),
     Contestant("fa4_sparse", "kernel", _fa4_sparse, "FlashAttention-4, block-sparse"),
     Contestant("flexattention", "kernel", _flex, "FlexAttention with a block mask"),

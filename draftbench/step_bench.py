@@ -30,7 +30,7 @@ from torch._dynamo.utils import counters
 from tqdm import tqdm
 
 from draftbench.kernels import dense as dense_kernel
-from draftbench.kernels import fa4, resolve, run
+from draftbench.kernels import resolve, run
 
 from . import parts, records, schema
 from .attention import DenseParts, Meter, Method, Plan, Request, Session
@@ -48,7 +48,6 @@ from .step_tables import lacks, line, page
 __all__ = ["ROWS", "Bench", "lacks", "listing", "page", "plan"]
 
 ROWS = "step.jsonl"
-KERNELS = ("fa4", "cudnn", "sdpa")  # the dense contestants that go through our hook
 DENSE_STEPS = 0.3  # of a generation
 TINY = (  # for the tests
     "model.frames=9", "model.height=96", "model.width=160", "model.steps=10", "model.text_tokens=5",
@@ -97,7 +96,7 @@ class Contestant:
     @property
     def dense(self) -> bool:
         """Whether it is one that others divide by."""
-        return self.name in KERNELS
+        return self.name in dense_kernel.KERNELS
 
 
 Jobs = list[tuple[str, list[Contestant]]]
@@ -114,14 +113,14 @@ def plan(config: DictConfig) -> Jobs:
         case = CASES[name]
         sparsities = case.sparsities if config.sparsities is None else config.sparsities
         layers = (0, case.layers) if config.layers is None else config.layers
-        dense = [Contestant(one) for one in KERNELS if one in config.methods]
+        dense = [Contestant(one) for one in dense_kernel.KERNELS if one in config.methods]
         if not dense:
-            raise ValueError(f"bench.methods must have a dense one to compare with ({', '.join(KERNELS)})")
+            raise ValueError(f"bench.methods must have a dense one to compare with ({', '.join(dense_kernel.KERNELS)})")
         rest = []
         for method in config.methods:
             if method == "stock":
                 rest.append(Contestant(method))
-            elif method not in KERNELS:
+            elif method not in dense_kernel.KERNELS:
                 made = [_method(case, method, float(sparsity)) for sparsity in sparsities]
                 rest += [Contestant(method, one, int(count)) for one in made for count in layers]
         jobs.append((name, [*dense, *rest]))
@@ -132,7 +131,7 @@ def _method(case: Case, name: str, sparsity: float) -> Method:
     """A method at a sparsity, with the settings of its config and the model's geometry."""
     known = options("method")
     if name not in known:
-        raise ValueError(f"bench.methods must be of stock, {', '.join([*KERNELS, *known])}, got {name!r}")
+        raise ValueError(f"bench.methods must be of stock, {', '.join([*dense_kernel.KERNELS, *known])}, got {name!r}")
     made = schema.method(case.config(f"method={name}", f"sparsity={sparsity}"))
     if isinstance(made, Calibrated):
         raise ValueError(f"bench.methods: what {name} keeps depends on the data, which random weights do not have")
@@ -297,10 +296,8 @@ class Step:
     def check(self) -> None:
         """Raise Absent if a dense kernel cannot run here."""
         device = self.model.device
-        if self.contestant.name == "fa4" and (reason := fa4.unavailable(device)):
+        if self.contestant.dense and (reason := dense_kernel.unavailable(self.contestant.name, device)):
             raise Absent(reason)
-        if self.contestant.name == "cudnn" and device.type != "cuda":
-            raise Absent(f"it needs a CUDA device, got device={device.type}")
 
     def dense(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, text_lengths: Sequence[int]) -> Tensor:
         """The dense kernel of a dense contestant, or the fastest for the dense layers of another, as a part."""

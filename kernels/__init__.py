@@ -31,18 +31,18 @@ def resolve(name: str, device: torch.device) -> str:
     if name == "auto":
         if device.type != "cuda":
             return "cpu"
-        if reason := _unavailable("triton", device):
+        if reason := unavailable("triton", device):
             raise RuntimeError(f"executor=auto cannot run here: {reason}")
-        return "+".join(part for part in ("gluon", "fa4", "triton") if not _unavailable(part, device))
+        return "+".join(part for part in ("gluon", "fa4", "triton") if not unavailable(part, device))
     if name not in NAMES:
         raise ValueError(f"executor must be one of auto, {', '.join(NAMES)}, got {name!r}")
-    reason = _unavailable(name, device)
+    reason = unavailable(name, device)
     if reason:
         raise RuntimeError(f"executor={name} cannot run here: {reason}")
     return name
 
 
-def _unavailable(name: str, device: torch.device) -> str | None:
+def unavailable(name: str, device: torch.device) -> str | None:
     """Why an executor cannot run on a device at all, or None; imports no kernel."""
     if name in ("fa4", "gluon"):
         return (fa4 if name == "fa4" else gluon).unavailable(device)

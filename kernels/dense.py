@@ -6,21 +6,33 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from draftbench.kernels import fa4
+from draftbench.kernels import fa4, gluon
+from draftbench.kernels import unavailable as executor_unavailable
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..layout import Layout
 
 
+KERNELS = ("gluon", "fa4", "cudnn", "sdpa")
+
+
 def name(device: torch.device) -> str:
     """The kernel of half-precision calls on a device, the fastest that is there: fa4 (FlashAttention-4), cudnn or sdpa.
 
-    Measured on an H200 (results/tables/attention_h200.md): FlashAttention-4 before cuDNN.
+    Measured on an H100 (results/tables/attention_h100.md): FlashAttention-4 before cuDNN. Our own, gluon on a list of
+    all blocks, is for the benchmarks to name.
     """
     if device.type != "cuda":
         return "sdpa"
     return "cudnn" if fa4.unavailable(device) else "fa4"
+
+
+def unavailable(kernel: str, device: torch.device) -> str | None:
+    """Why one of `KERNELS` cannot run on a device, or None."""
+    if kernel in ("gluon", "fa4"):
+        return executor_unavailable(kernel, device)
+    return f"it needs a CUDA device, got device={device.type}" if kernel == "cudnn" and device.type != "cuda" else None
 
 
 def run(
@@ -28,10 +40,9 @@ def run(
 ) -> Tensor:
     """Dense attention [B, S, H, D] over the real tokens of each item; rows of text padding come out as zero.
 
-    kernel: one of `name`'s, null its choice; torch's own in float32, cuDNN for head dims that FlashAttention-4 does not
-    take. Items of
-    different real text lengths run one by one with their padding cropped, since a mask would keep the call off the
-    fast kernels.
+    kernel: one of `KERNELS`, None the choice of `name`; torch's own in float32, cuDNN for head dims that fa4 and gluon do
+    not take. Items of different real text lengths run one by one with their padding cropped, since a mask would keep
+    the call off the fast kernels.
     """
     text = text_lengths.tolist() if isinstance(text_lengths, Tensor) else text_lengths
     lengths = [layout.video + n for n in text] if layout.text else [layout.video] * len(q)
@@ -51,6 +62,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, kernel: str | None) -> Tensor:
 
         out: Tensor = _flash_attn_fwd(q, k, v)[0]
         return out
+    if kernel == "gluon" and q.shape[-1] in gluon.HEAD_DIMS:
+        return gluon.dense(q, k, v)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if kernel == "sdpa":
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)

@@ -1,19 +1,21 @@
 """The Gluon executor: block-sparse attention for Hopper GPUs, reading and writing regions where they lie.
 
 Three warp groups share a program: one starts copies, two hold 64 query rows each, as in FlashAttention-3 (Shah et al.,
-2024, arXiv 2407.08608): a row group's softmax runs while its own and the other's products do. A block of 128 tokens is
-a box of the token grid, and the tensor copy engine takes boxes from frame-major memory and puts them back there, so
-contiguous q, k, v and the output need no reordered copy; places beyond the grid's edge are filled with zeros by the
-engine, masked as keys and never written.
+2024, arXiv 2407.08608), and start their products in strict turns: a row group's softmax runs while the other's products
+do. A block of 128 tokens is a box of the token grid, and the tensor copy engine takes boxes from frame-major memory and
+puts them back there, so contiguous q, k, v and the output need no reordered copy; places beyond the grid's edge are
+filled with zeros by the engine, masked as keys and never written.
 
 Floor at 33x48x80 tokens, 256 of text, 24 heads of 128, 90% sparsity: 20.5 TFLOP of kept work, 26 ms at 788 TFLOP/s (a
 bf16 matrix product on an H200); q and the output once, 1.6 GB, .4 ms at 4.3 TB/s; k and v from L2, 64 KB a kept block,
 160 GB, the rate of which is not known.
 
-Tried on the softmax, where the time over the floor goes, and lost (TFLOP/s at 90, 75 and 50% on captured blocks, one
-H100; this kernel, then with a running maximum, 616, 630, 605): row groups in strict turns, passed on when both products
-are issued (571, 573, 622) or when the scores are there (575, 592, 602); every 8th, 4th or 2nd power by a polynomial
-beside the special function unit (560, 587, 601; 496, 510, 531; 472, 499, 502).
+Tried, TFLOP/s of kept work at 90, 75 and 50% on captured blocks of that shape, one H100, each call right after a dense
+one by FlashAttention-4 (675): turns 665, 690, 695; without them 651, 682, 692 (on balanced blocks 656, 697, 702 against
+649, 673, 658); turns only in rows of 200 blocks or more 657, 692, 705 (662, 680, 678). In other runs, without turns: a
+turn passed on when the scores are there, not when both products are issued, within 2% or slower; every 8th, 4th or 2nd
+power by a polynomial beside the special function unit, slower by 9, 21 and 24% at 90%; a running maximum instead of the
+first block's (see `passes`), slower by 5% at 50%.
 """
 
 from __future__ import annotations
@@ -75,6 +77,17 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, layout: Layout) -> tuple[Te
             v_text = v[:, layout.video :].masked_fill(padding[..., None, None], 0)
     forward(q, k, v, v_text, out, lse, rows, counts, whole, blocks, starts, grid, box, layout.text, STAGES)
     return out, lse
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Dense attention [B, S, H, D]: a list of all blocks, as the tokens come."""
+    batch, length, heads, _ = q.shape
+    blocks = -(-length // BLOCK)
+    starts = torch.arange(blocks + 1, dtype=torch.int32, device=q.device).mul_(BLOCK).clamp_(max=length)
+    counts = starts.new_full((batch, heads, blocks), blocks)
+    every = torch.arange(blocks, dtype=torch.int32, device=q.device).expand(batch, heads, blocks, blocks)
+    starts = starts.expand(batch, 1, -1)
+    return run(q, k, v, Plan(starts, starts, counts, every, BLOCK, BLOCK, regular=True), Layout((1, 1, length)))[0]
 
 
 def _box(plan: Plan) -> tuple[int, int, int]:

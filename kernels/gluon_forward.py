@@ -26,7 +26,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
-TURNS = gl.constexpr(1)  # from so many kept blocks on, row groups start their products in strict turns
 WIDTH = 64  # channels a copy: 128 bytes, the widest swizzle
 
 
@@ -284,18 +283,18 @@ def _step(
     dtype: gl.constexpr,
 ):  # fmt: skip
     """Scores of kept block j, values of block j - 1: both products start, the softmax runs while the second does."""
-    q, k_tiles, v_tiles, q_full, full, empty, n, scale, zero, mine, other, strict = one
+    q, k_tiles, v_tiles, q_full, full, empty, n, scale, zero, mine, other = one
     blocks, places, starts, grid, boxes = known
     o, p, decay, sums, top = state
     rows: gl.constexpr = top.type.layout
     slot = (at + j) % STAGES
     mbarrier.wait(full.index(slot), (at + j) // STAGES & 1)
-    mbarrier.wait(mine, turn + j & 1, pred=strict)
+    mbarrier.wait(mine, turn + j & 1)
     s = warpgroup_mma(q, k_tiles.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
     if RUNNING:
         o = o * gl.convert_layout(decay, gl.SliceLayout(1, o.type.layout))[:, None]  # while the first product runs
     o = warpgroup_mma(p, v_tiles.index(slot), o, is_async=True)
-    mbarrier.arrive(other, pred=strict)
+    mbarrier.arrive(other)
     s = warpgroup_mma_wait(1, deps=[s])
     if MASKED:
         real = _real(gl.load(blocks + j), places, starts, grid, boxes, BOX, CUT)
@@ -364,9 +363,8 @@ def _rows(
             sums = _in_thread_sum(p32)
             p = gl.convert_layout(p32.to(dtype), p_layout)
             decay = gl.full([M], 1.0, gl.float32, rows_layout)
-            strict = count >= TURNS
             mine, other = turns.index(PART), turns.index(1 - PART)
-            one = (q, k_tiles, v_tiles, q_full.index(PART), full, empty, n, scale, zero, mine, other, strict)
+            one = (q, k_tiles, v_tiles, q_full.index(PART), full, empty, n, scale, zero, mine, other)
             known = (blocks, places, starts, grid, boxes)
             state = (o, p, decay, sums, top)
             pairs = gl.maximum(whole - 1, 0) // 2  # two steps a turn: p and its successor swap registers
@@ -386,7 +384,7 @@ def _rows(
             o = warpgroup_mma_wait(0, deps=[o])
             mbarrier.arrive(empty.index(slot))
             at += count + 1
-            turn += gl.where(strict, count - 1, 0)
+            turn += count - 1
             total = gl.convert_layout(gl.sum(sums, 1), rows_layout)
         place = PART * M + gl.arange(0, M, layout=rows_layout)
         real = _real(block, place, starts, grid, boxes, BOX, CUT)

@@ -231,6 +231,24 @@ def test_full_lists_are_dense():
     torch.testing.assert_close(run("cpu" if not GPU else "triton")(q, k, v, plan, layout)[0], expected)
 
 
+@pytest.mark.parametrize("length", [256, 300], ids=["even", "ragged"])
+def test_dense_by_gluon_is_dense(monkeypatch, length):
+    """On a CPU by the executor there, on the lists that Gluon is given."""
+    from draftbench.kernels import dense, gluon
+
+    q, k, v = (torch.randn(2, length, 3, 64, device=DEVICE) for _ in range(3))
+    if GPU:
+        if reason := gluon.unavailable(DEVICE):
+            pytest.skip(reason)
+        q, k, v = (x.bfloat16() for x in (q, k, v))
+        out = dense.run(q, k, v, Layout((1, 1, length)), [0, 0], "gluon")
+    else:
+        monkeypatch.setattr(gluon, "run", run("cpu"))
+        out = gluon.dense(q, k, v)
+    expected = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2).float() for x in (q, k, v)))
+    torch.testing.assert_close(out.float(), expected.transpose(1, 2), atol=2e-2 if GPU else 1e-5, rtol=2e-2)
+
+
 def kernel_of_fa4(q, k, v, *, block_sparse_tensors, return_lse, mask_mod=None, aux_tensors=None):
     """What `_flash_attn_fwd` computes, in plain torch, and what it asks of its arguments."""
     lists, (q_size, size) = block_sparse_tensors, block_sparse_tensors.block_size

@@ -228,8 +228,8 @@ def test_stock_and_dense_compute_the_same(one_thread, monkeypatch):
             "bench.models: hunyuan_768p, hunyuan_512p, wan14b_768p, wan14b_480p need a CUDA GPU, and torch sees none",
         ),
         ("bench.models=[x]", "bench.models must be one of all, hunyuan_768p, "),
-        ("bench.methods=[draft]", "bench.methods must have a dense one to compare with (fa4, cudnn, sdpa)"),
-        ("bench.methods=[sdpa,nope]", "bench.methods must be of stock, fa4, cudnn, sdpa, dense, draft, "),
+        ("bench.methods=[draft]", "bench.methods must have a dense one to compare with (gluon, fa4, cudnn, sdpa)"),
+        ("bench.methods=[sdpa,nope]", "bench.methods must be of stock, gluon, fa4, cudnn, sdpa, dense, draft, "),
         (
             "bench.methods=[sdpa,svg2]",
             "bench.methods: what svg2 keeps depends on the data, which random weights do not",
