@@ -13,7 +13,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..layout import Layout
 
-
 KERNELS = ("gluon", "fa4", "cudnn", "sdpa")
 
 
@@ -40,8 +39,8 @@ def run(
 ) -> Tensor:
     """Dense attention [B, S, H, D] over the real tokens of each item; rows of text padding come out as zero.
 
-    kernel: one of `KERNELS`, None the choice of `name`; torch's own in float32, cuDNN for head dims that fa4 and gluon do
-    not take. Items of different real text lengths run one by one with their padding cropped, since a mask would keep
+    kernel: one of `KERNELS`, None the choice of `name`; torch's own in float32, cuDNN for head dims that fa4 and gluon
+    do not take. Items of different real text lengths run one by one with their padding cropped, since a mask would keep
     the call off the fast kernels.
     """
     text = text_lengths.tolist() if isinstance(text_lengths, Tensor) else text_lengths

@@ -40,12 +40,21 @@ def pairwise(axes):
 
 
 def pytest_generate_tests(metafunc):
-    """`@pytest.mark.pairs(a=[...], b=[...])`: pairs of values by default, the other combinations as `full`."""
-    marker = metafunc.definition.get_closest_marker("pairs")
+    """`@pytest.mark.pairs(a=[...], b=[...])`: pairs of values by default, the other combinations as `full`.
+
+    `@pytest.mark.together("a")` beside it: those of one value run in one process with `--dist loadgroup`.
+    """
+    marker, together = (metafunc.definition.get_closest_marker(name) for name in ("pairs", "together"))
     if marker:
-        few = list(dict.fromkeys(pairwise(marker.kwargs)))
-        rest = [row for row in itertools.product(*marker.kwargs.values()) if row not in few]
-        rows = [*few, *(pytest.param(*row, marks=pytest.mark.full) for row in rest)]
+        few = set(pairwise(marker.kwargs))
+        rows = []
+        for row in itertools.product(*marker.kwargs.values()):
+            marks = [] if row in few else [pytest.mark.full]
+            if together:
+                named = dict(zip(marker.kwargs, row, strict=True))
+                group = " ".join(str(named[name]) for name in together.args)
+                marks.append(pytest.mark.xdist_group(f"{metafunc.function.__name__} {group}"))
+            rows.append(pytest.param(*row, marks=marks))
         metafunc.parametrize(list(marker.kwargs), rows, ids=lambda value: str(value).removeprefix("torch."))
 
 

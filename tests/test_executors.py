@@ -361,11 +361,15 @@ def gpu_case(executor, block, dim, dtype, grid, text, kept, batch):
 
 
 def on_gpu(**axes):
-    """Pairs of values by default, all of them with `-m "gpu and full"`."""
+    """Pairs of values by default, all of them with `-m "gpu and (full or not full)"`.
+
+    With `-n 16 --dist loadgroup` no two processes compile the same kernel.
+    """
     skip = pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 
     def mark(test):
-        return pytest.mark.gpu(skip(pytest.mark.pairs(**axes)(test)))
+        together = pytest.mark.together("block", "dim", "dtype")
+        return pytest.mark.gpu(skip(together(pytest.mark.pairs(**axes)(test))))
 
     return mark
 
