@@ -278,7 +278,7 @@ def models(folders):
 
 
 def make(folder, **changes):
-    return made("hunyuan_video", folder, **{"true_cfg": 1.0} | changes)
+    return made("hunyuan_video", folder, **{"true_cfg": 1.0, "revision": "main"} | changes)
 
 
 @pytest.fixture(scope="module")
@@ -781,6 +781,12 @@ def test_another_pipelines_folder(copy):
         make(copy)
 
 
+@pytest.mark.parametrize("name", SIZES)
+def test_a_model_is_one_commit_of_its_repository(name):
+    config = yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text())
+    assert len(config["revision"]) == 40 and int(config["revision"], 16)
+
+
 def test_hugging_face_cache(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=f"model.path=null and some/model .* not in .* cache; .*{PATTERN}"):
@@ -789,7 +795,8 @@ def test_hugging_face_cache(checkpoint, tmp_path, monkeypatch):
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(commit)
     shutil.copytree(checkpoint, repository / "snapshots" / commit)
-    assert make(None).weights_hash == make(checkpoint).weights_hash
+    for revision in ("main", commit):
+        assert make(None, revision=revision).weights_hash == make(checkpoint).weights_hash
     (repository / "snapshots" / commit / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"model.path=null \(.*\) lacks vae/\*.safetensors"):
         make(None)

@@ -24,7 +24,7 @@ def find(path: str | None, hub_id: str, revision: str, pipeline: str) -> Path:
         try:
             folder = Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
         except LocalEntryNotFoundError:
-            absent = f"{hub_id} at {revision} is not in the Hugging Face cache"
+            absent = f"{hub_id} at model.revision={revision} is not in the Hugging Face cache"
             raise FileNotFoundError(f"model.path=null and {absent}; {fetch}") from None
     else:
         folder = Path(path).expanduser()
