@@ -34,7 +34,7 @@ __all__ = ["ROWS", "Bench", "lacks", "listing", "page", "plan"]
 ROWS = "attention.jsonl"
 LEAST, LEAST_SLOW, MOST = 20, 5, 100  # timings a row
 SLOW_MS = 100.0
-AHEAD = 4_000_000  # cycles of a GPU, about 2 ms: longer than a call's launches take the host
+AHEAD = 4_000_000  # cycles of a GPU, about 2 ms, in which the host can issue what a call launches
 RULE = (
     f"{LEAST} to {MOST} timings, {LEAST_SLOW} to {MOST} of calls of {SLOW_MS:g} ms or more; a GPU spins for "
     f"{AHEAD} cycles before each"
@@ -348,7 +348,7 @@ def parts_ms(ready: Ready, shape: Shape, repeats: int = 3) -> dict[str, float]:
 def stopwatch(run: Callable[[], Any], shape: Shape) -> Callable[[], float]:
     """`run`, timed, in milliseconds: by CUDA events on a GPU, by the clock on a CPU.
 
-    The GPU spins first, so that the host is ahead of it, as within a model; what waits for the device pays for that.
+    The GPU spins first, so that the host is ahead of it, as within a model; a call that waits for the GPU loses that.
     """
 
     def timed() -> float:

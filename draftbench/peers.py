@@ -193,9 +193,11 @@ def _fa4(case: Case) -> Ready:
 
 
 def _gluon(case: Case) -> Ready:
-    if reason := kernels.gluon.unavailable(case.q.device):
-        raise Absent(reason)
-    return Ready(functools.partial(kernels.gluon.dense, case.q, case.k, case.v), lambda: case.plan)
+    execute = _executor("gluon", case)
+    return Ready(
+        lambda: execute(case.q, case.k, case.v, *kernels.gluon.everything(case.q)), lambda: case.plan,
+        lambda result: result[0], lambda result: result[1],
+    )  # fmt: skip
 
 
 def _fa4_sparse(case: Case) -> Ready:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from draftbench.kernels import fa4, gluon
+from draftbench.kernels import run as executor
 from draftbench.kernels import unavailable as executor_unavailable
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -39,9 +40,9 @@ def run(
 ) -> Tensor:
     """Dense attention [B, S, H, D] over the real tokens of each item; rows of text padding come out as zero.
 
-    kernel: one of `KERNELS`, None the choice of `name`; torch's own in float32, cuDNN for head dims that fa4 and gluon
-    do not take. Items of different real text lengths run one by one with their padding cropped, since a mask would keep
-    the call off the fast kernels.
+    kernel: one of `KERNELS`, None the choice of `name`, and cuDNN for head dims that FlashAttention-4 does not take;
+    torch's own in float32. Items of different real text lengths run one by one with their padding cropped, since a mask
+    would keep the call off the fast kernels.
     """
     text = text_lengths.tolist() if isinstance(text_lengths, Tensor) else text_lengths
     lengths = [layout.video + n for n in text] if layout.text else [layout.video] * len(q)
@@ -55,14 +56,19 @@ def run(
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, kernel: str | None) -> Tensor:
-    kernel = "sdpa" if q.dtype == torch.float32 else kernel or name(q.device)
-    if kernel == "fa4" and q.shape[-1] in fa4.HEAD_DIMS:
+    if q.dtype == torch.float32:
+        kernel = "sdpa"
+    elif kernel is None:
+        kernel = name(q.device)
+        if kernel == "fa4" and q.shape[-1] not in fa4.HEAD_DIMS:
+            kernel = "cudnn"
+    if kernel == "fa4":
         from flash_attn.cute.interface import _flash_attn_fwd
 
         out: Tensor = _flash_attn_fwd(q, k, v)[0]
         return out
-    if kernel == "gluon" and q.shape[-1] in gluon.HEAD_DIMS:
-        return gluon.dense(q, k, v)
+    if kernel == "gluon":
+        return executor("gluon")(q, k, v, *gluon.everything(q))[0]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if kernel == "sdpa":
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)

@@ -10,9 +10,10 @@ Floor at 33x48x80 tokens, 256 of text, 24 heads of 128, 90% sparsity: 20.5 TFLOP
 bf16 matrix product on an H200); q and the output once, 1.6 GB, .4 ms at 4.3 TB/s; k and v from L2, 64 KB a kept block,
 160 GB, the rate of which is not known.
 
-Tried, TFLOP/s of kept work at 90, 75 and 50% on captured blocks of that shape, one H100, each call right after a dense
-one by FlashAttention-4 (675): turns 665, 690, 695; without them 651, 682, 692 (on balanced blocks 656, 697, 702 against
-649, 673, 658); turns only in rows of 200 blocks or more 657, 692, 705 (662, 680, 678). In other runs, without turns: a
+Tried, TFLOP/s of kept work at 90, 75 and 50% on that shape, one H100, each call right after a dense one by
+FlashAttention-4 (675), on the blocks that draft keeps of pocket's q and k, and on as many random ones in every row:
+turns 665, 690, 695 and 656, 697, 702; none 651, 682, 692 and 649, 673, 658; turns only in rows of 200 blocks or more
+657, 692, 705 and 662, 680, 678. In other runs, on the first kind and without turns: a
 turn passed on when the scores are there, not when both products are issued, within 2% or slower; every 8th, 4th or 2nd
 power by a polynomial beside the special function unit, slower by 9, 21 and 24% at 90%; a running maximum instead of the
 first block's (see `passes`), slower by 5% at 50%.
@@ -79,15 +80,15 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, layout: Layout) -> tuple[Te
     return out, lse
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Dense attention [B, S, H, D]: a list of all blocks, as the tokens come."""
+def everything(q: Tensor) -> tuple[Plan, Layout]:
+    """The plan of dense attention of q [B, S, H, D]: all blocks, as the tokens come."""
     batch, length, heads, _ = q.shape
     blocks = -(-length // BLOCK)
     starts = torch.arange(blocks + 1, dtype=torch.int32, device=q.device).mul_(BLOCK).clamp_(max=length)
     counts = starts.new_full((batch, heads, blocks), blocks)
     every = torch.arange(blocks, dtype=torch.int32, device=q.device).expand(batch, heads, blocks, blocks)
     starts = starts.expand(batch, 1, -1)
-    return run(q, k, v, Plan(starts, starts, counts, every, BLOCK, BLOCK, regular=True), Layout((1, 1, length)))[0]
+    return Plan(starts, starts, counts, every, BLOCK, BLOCK, regular=True), Layout((1, 1, length))
 
 
 def _box(plan: Plan) -> tuple[int, int, int]:

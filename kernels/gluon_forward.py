@@ -49,7 +49,7 @@ def forward(
         behind[2] = _text(v_text, text, math.prod(box))
     scale = math.log2(math.e) / math.sqrt(dim)
     cut = tuple(n % b != 0 for n, b in zip(grid, box, strict=True))
-    # A counter of query blocks taken for each launch, and the flags; each where a copy of 16 bytes may begin.
+    # A counter of query blocks taken for each launch, and the flags; aligned to 16 bytes, or Triton compiles anew.
     scratch = torch.zeros(8 + counts.numel() + 1, dtype=torch.int32, device=q.device)
     programs = min(counts.numel(), torch.cuda.get_device_properties(q.device).multi_processor_count)
     for launch, (running, flagged) in enumerate(passes(q.dtype)):
@@ -321,7 +321,7 @@ def _rows(
 ):  # fmt: skip
     """A group that holds half PART of the query rows."""
     out_video, out_text, LSE, STARTS, scale, length, tiles, barriers, mail, lists, grid, boxes = arguments
-    _, COUNTS, WHOLE, BLOCKS, AGAIN, heads, q_blocks, capacity, lists_count = lists
+    _, COUNTS, WHOLE, BLOCKS, AGAIN, heads, q_blocks, capacity, jobs = lists
     q_tile, k_tiles, v_tiles = tiles
     q_full, q_empty, full, empty, mail_full, mail_empty, turns = barriers
     N: gl.constexpr = BOX[0] * BOX[1] * BOX[2]
@@ -335,7 +335,7 @@ def _rows(
     zero = gl.zeros([M, N], gl.float32, s_layout)
     n = gl.to_tensor(0)
     at = gl.to_tensor(0)
-    turn = gl.to_tensor(-1)
+    turn = gl.to_tensor(-1)  # step j of a list is turn `turn + j`; the scores of its first block take none
     job = _next(mail, mail_full, mail_empty, n)
     while job >= 0:
         item, block, row = _list_of(job, lists)
@@ -367,7 +367,7 @@ def _rows(
             one = (q, k_tiles, v_tiles, q_full.index(PART), full, empty, n, scale, zero, mine, other)
             known = (blocks, places, starts, grid, boxes)
             state = (o, p, decay, sums, top)
-            pairs = gl.maximum(whole - 1, 0) // 2  # two steps a turn: p and its successor swap registers
+            pairs = gl.maximum(whole - 1, 0) // 2  # two steps at once: p and its successor swap registers
             for i in range(pairs):
                 state = _step(one, known, state, at, 1 + 2 * i, turn, False, RUNNING, BOX, CUT, STAGES, dtype)
                 state = _step(one, known, state, at, 2 + 2 * i, turn, False, RUNNING, BOX, CUT, STAGES, dtype)
@@ -391,8 +391,8 @@ def _rows(
         if not RUNNING:
             over = real & ((total <= LIMIT) == 0)  # or no number
             gl.store(AGAIN + row + gl.zeros_like(place), 1, mask=over)
-            gl.store(AGAIN + lists_count + gl.zeros_like(place), 1, mask=over)
-        held = gl.convert_layout(real & (total > 0.0), gl.SliceLayout(1, o_layout))
+            gl.store(AGAIN + jobs + gl.zeros_like(place), 1, mask=over)
+        held = gl.convert_layout(real & (total != 0.0), gl.SliceLayout(1, o_layout))  # what is no number stays so
         o = o / gl.convert_layout(total, gl.SliceLayout(1, o_layout))[:, None]
         q.store(gl.where(held[:, None], o, 0.0).to(dtype))  # a place without a token may hold NaN
         fence_async_shared()
@@ -407,7 +407,7 @@ def _rows(
                 _store(out_video, [b, t, y, x, h * D + i * 64], piece)
             else:
                 _store(out_text, [b, (block - boxes) * N + PART * M, h * D + i * 64], piece)
-        value = gl.where(total > 0.0, (top + gl.log2(total)) * 0.6931471805599453, -float("inf"))
+        value = gl.where(total != 0.0, (top + gl.log2(total)) * 0.6931471805599453, -float("inf"))
         gl.store(lse + token, value, mask=real)
         tma.store_wait(0)
         mbarrier.arrive(q_empty.index(PART))
@@ -453,7 +453,7 @@ def attention(
     fence_async_shared()
     tiles = (q_tile, k_tiles, v_tiles)
     barriers = (q_full, q_empty, full, empty, mail_full, mail_empty, turns)
-    mbarrier.arrive(turns.index(0))
+    mbarrier.arrive(turns.index(0))  # half 0 begins
     grid = (T, Y, X)
     boxes = ((T + BOX[0] - 1) // BOX[0]) * ((Y + BOX[1] - 1) // BOX[1]) * ((X + BOX[2] - 1) // BOX[2])
     total = items * q_blocks

@@ -33,7 +33,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, layout: Layout) -> tuple[Te
             scores = q[b, q_rows, h].to(high) @ k[b, kv_rows, h].to(high).T / dim**0.5
             scores = scores.masked_fill(~kept[q_block][:, kv_block], -torch.inf)
             total = scores.logsumexp(-1)
-            weights = torch.where(total[:, None].isfinite(), (scores - total[:, None]).exp(), 0.0)
+            weights = torch.where(total[:, None].isneginf(), 0.0, (scores - total[:, None]).exp())
             out[b, q_rows, h] = weights @ v[b, kv_rows, h].to(high)
             lse[b, h, q_rows] = total
     return out.to(q.dtype), lse

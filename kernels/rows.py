@@ -19,7 +19,7 @@ WIDEST = 16384  # entries of a row that registers are asked to hold
 
 
 def most(scores: Tensor, counts: Tensor) -> Tensor:
-    """As `select.keep_per_row`; scores [B, H, n, m] with m up to `WIDEST`, -0 below 0."""
+    """As `select.keep_per_row`; scores [B, H, n, m] with m up to `WIDEST`."""
     scores = scores.float().contiguous()
     mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     _most[(counts.numel(),)](
@@ -67,7 +67,7 @@ def _most(SCORES, COUNTS, MASK, m, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     live = at < m
-    bits = tl.load(SCORES + row * m + at, mask=live, other=0).to(tl.int32, bitcast=True)
+    bits = (tl.load(SCORES + row * m + at, mask=live, other=0) + 0.0).to(tl.int32, bitcast=True)  # -0 as 0
     keys = tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)  # ascending as the numbers are
     kept = _largest(keys, live, tl.load(COUNTS + row))
     tl.store(MASK + row * m + at, kept.to(tl.uint8), mask=live)
@@ -79,7 +79,7 @@ def _share(WEIGHTS, MASK, m, part, least, CROSSING: tl.constexpr, BLOCK: tl.cons
     at = tl.arange(0, BLOCK)
     live = at < m
     weights = tl.load(WEIGHTS + row * m + at, mask=live, other=0.0)
-    keys = weights.to(tl.int32, bitcast=True)
+    keys = tl.minimum(weights.to(tl.int32, bitcast=True), 0x7F800000)  # NaN as infinity: -1 below it is an int32
     low, high = -1, tl.max(keys)
     while low < high:  # for the lowest key such that what is above it fits
         middle = low + (high - low) // 2

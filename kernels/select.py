@@ -21,7 +21,7 @@ from ..parts import part
 def fast(x: Tensor) -> bool:
     """Whether the Triton kernels take x: any tensor on a GPU but float64, where Triton is installed. Decided here only.
 
-    The rest is plain torch, whose results are the same.
+    The rest is plain torch, whose results are the same up to rounding.
     """
     return x.device.type == "cuda" and x.dtype != torch.float64 and triton_version() is not None
 

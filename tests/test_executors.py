@@ -1,6 +1,7 @@
 """Every executor gives the reference's output and LSE for any plan, and density is what its lists execute."""
 
 import itertools
+import math
 import shutil
 import sys
 from types import ModuleType
@@ -8,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from draftbench.kernels import fa4, gluon, reference, run
+from draftbench.kernels import fa4, reference, run, unavailable
 
 from draftbench.attention import Plan, count_pairs
 from draftbench.layout import Box, Identity, Index, Layout, box_sizes, even_sizes, offsets
@@ -128,6 +129,11 @@ def test_agrees_with_reference(executor, name, dtype):
     check(run(executor), layout, q, k, v, plan)
 
 
+def skip_without(executor):
+    if reason := unavailable(executor, DEVICE):
+        pytest.skip(reason)
+
+
 def flags(executor, layout, q, k, v, plan):
     """Which query blocks are computed again, with a running maximum [B, H, q_blocks], and whether any is."""
     made, zeros = [], torch.zeros
@@ -139,9 +145,9 @@ def flags(executor, layout, q, k, v, plan):
     return found[:-1].view(plan.counts.shape) != 0, bool(found[-1])
 
 
-def far_above(executor, block, dim, box):
+def far_above(executor, block, dim, box, heads=2):
     """Keys of the second frame have logits of hundreds of nats, those of the first, which come first, of a few."""
-    layout, _, q, k, v, plan = inputs((2, 8, 16), 5, lambda l, t, h: box_plan(l, t, box, h), torch.bfloat16, dim)
+    layout, _, q, k, v, plan = inputs((2, 8, 16), 5, lambda l, t, h: box_plan(l, t, box, h), torch.bfloat16, dim, heads)
     k[:, layout.video // 2 : layout.video] *= 100
     assert plan.q_block == block
     expected, expected_lse = reference.run(q.double(), k.double(), v.double(), plan, layout)
@@ -170,13 +176,47 @@ def test_ordinary_logits_are_computed_once():
     never_again("triton", 32, (3, 9, 13), 40, Box(2, 4, 8))
 
 
+@pytest.mark.parametrize(("powers", "again"), [(58, False), (70, True)])
+def test_a_sum_over_the_limit_is_computed_again_before_it_overflows(powers, again):
+    layout, _, q, k, v, plan = inputs((2, 8, 16), 0, CASES["even"][2], torch.float32)
+    q.zero_()[..., 0] = 1
+    k.zero_()[:, layout.video // 2, :, 0] = powers * math.log(2) * q.shape[-1] ** 0.5
+    found, any_again = flags("triton", layout, q, k, v, plan)
+    assert any_again == again and (found[:, 0, 0] == again).all()  # lists of all blocks
+    check(run("triton"), layout, q, k, v, plan)
+
+
+@pytest.mark.parametrize("executor", ["reference", "triton", "gluon"] if GPU else ["reference", "cpu", "triton"])
+def test_what_is_no_number_stays_so(executor):
+    skip_without(executor)
+    case = (2, 8, 16), 0, lambda l, t, h: box_plan(l, t, Box(1, 8, 16), h)
+    layout, _, q, k, v, plan = inputs(*case, torch.bfloat16, 64)
+    q[0, 0, 0] = torch.nan
+    out, lse = run(executor)(q, k, v, plan, layout)
+    assert out[0, 0, 0].isnan().all() and lse[0, 0, 0].isnan()
+    assert out.isnan().sum() == out.shape[-1] and lse.isnan().sum() == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("executor", ["triton", "gluon"])
+def test_more_lists_than_programs(executor, dtype):
+    """Of 0 to all blocks, so that what one list leaves behind meets every other."""
+    skip_without(executor)
+    layout, lengths, heads = Layout((4, 16, 32), 77), torch.tensor([77, 7], device=DEVICE), 32
+    plan = box_plan(layout, lengths, Box(1, 8, 16), heads, density=2.0)
+    plan.counts = torch.minimum(plan.counts, torch.randint_like(plan.counts, plan.blocks.shape[-1] + 1))
+    check(run(executor), layout, *tensors(layout, lengths, heads, 128, dtype), plan)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 @pytest.mark.parametrize("executor", ["triton", "gluon"])
-def test_both_on_a_gpu(executor):
-    if executor == "gluon" and (reason := gluon.unavailable(DEVICE)):
-        pytest.skip(reason)
+def test_what_is_computed_again_on_a_gpu(executor):
+    skip_without(executor)
     far_above(executor, 128, 64, Box(1, 8, 16))
+    far_above(executor, 128, 64, Box(1, 8, 16), heads=64)  # more lists than programs
     never_again(executor, 64, (3, 9, 20), 77, Box(1, 8, 16))
 
 
@@ -232,19 +272,17 @@ def test_full_lists_are_dense():
 
 
 @pytest.mark.parametrize("length", [256, 300], ids=["even", "ragged"])
-def test_dense_by_gluon_is_dense(monkeypatch, length):
-    """On a CPU by the executor there, on the lists that Gluon is given."""
+def test_dense_by_gluon_is_dense(length):
+    """On a CPU by the executor there, on the plan that Gluon is given."""
     from draftbench.kernels import dense, gluon
 
     q, k, v = (torch.randn(2, length, 3, 64, device=DEVICE) for _ in range(3))
     if GPU:
-        if reason := gluon.unavailable(DEVICE):
-            pytest.skip(reason)
+        skip_without("gluon")
         q, k, v = (x.bfloat16() for x in (q, k, v))
         out = dense.run(q, k, v, Layout((1, 1, length)), [0, 0], "gluon")
     else:
-        monkeypatch.setattr(gluon, "run", run("cpu"))
-        out = gluon.dense(q, k, v)
+        out = run("cpu")(q, k, v, *gluon.everything(q))[0]
     expected = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2).float() for x in (q, k, v)))
     torch.testing.assert_close(out.float(), expected.transpose(1, 2), atol=2e-2 if GPU else 1e-5, rtol=2e-2)
 
@@ -305,7 +343,7 @@ def test_what_fa4_is_given(monkeypatch, grid, box, text, batch):
     check(fa4.run, layout, q, k, v, plan)
 
 
-# On a GPU: pairs of these; all of them with -m "gpu and full".
+# On a GPU: pairs of these; all of them as `on_gpu` says.
 AXES = {
     "block": [64, 128],
     "dim": [64, 128],
@@ -363,7 +401,7 @@ def gpu_case(executor, block, dim, dtype, grid, text, kept, batch):
 def on_gpu(**axes):
     """Pairs of values by default, all of them with `-m "gpu and (full or not full)"`.
 
-    With `-n 16 --dist loadgroup` no two processes compile the same kernel.
+    With `-n 16 --dist loadgroup` few processes compile the same kernel.
     """
     skip = pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 

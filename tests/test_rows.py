@@ -22,12 +22,23 @@ def scores(kind, m):
 @pytest.mark.parametrize("m", [1, 7, 64])
 @pytest.mark.parametrize("kind", ["signed", "ties", "equal", "tiny", "wide"])
 def test_the_largest_of_each_row(kind, m):
-    x = scores(kind, m) + 0.0  # no -0, which is below 0 here and as large there
-    for counts in (torch.randint(0, m + 1, x.shape[:-1], device=DEVICE), torch.full(x.shape[:-1], m, device=DEVICE)):
+    x = scores(kind, m)
+    for counts in (torch.full(x.shape[:-1], m, device=DEVICE), torch.randint(0, m + 1, x.shape[:-1], device=DEVICE)):
         kept = rows.most(x, counts)
         assert torch.equal(kept, select.keep_per_row(x, counts))
         assert torch.equal(kept.sum(-1), counts)
     assert torch.equal(rows.most(x.mT.contiguous().mT, counts), kept)
+
+
+def test_zeros_of_both_signs_are_equal():
+    x = torch.tensor([0.0, -0.0, 0.0, -0.0, 0.0], device=DEVICE).view(1, 1, 1, -1)
+    assert rows.most(x, torch.full((1, 1, 1), 2, device=DEVICE)).tolist() == [[[[True, True, False, False, False]]]]
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000])  # of a GPU, of torch
+def test_a_row_that_is_no_number_ends(bits):
+    x = torch.full((1, 1, 1, 8), bits, dtype=torch.int32, device=DEVICE).view(torch.float32)
+    assert rows.share(x, 0.5, 3, True).sum() >= 3
 
 
 def weights(kind, m):
