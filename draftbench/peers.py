@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from . import kernels
 from .attention import Executor, Plan
 from .cases import MASKS, Case, no_executor
+from .kernels.dense import everything
 from .kernels.flex import compiled as _compiled_flex
 from .kernels.select import box_plan, plan_from_mask
 from .layout import Box, Identity, Layout, box_sizes, permutation
@@ -195,7 +196,7 @@ def _fa4(case: Case) -> Ready:
 def _gluon(case: Case) -> Ready:
     execute = _executor("gluon", case)
     return Ready(
-        lambda: execute(case.q, case.k, case.v, *kernels.gluon.everything(case.q)), lambda: case.plan,
+        lambda: execute(case.q, case.k, case.v, *everything(case.q)), lambda: case.plan,
         lambda result: result[0], lambda result: result[1],
     )  # fmt: skip
 

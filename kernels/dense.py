@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from draftbench.kernels import fa4, gluon
+from draftbench.kernels import fa4
 from draftbench.kernels import run as executor
 from draftbench.kernels import unavailable as executor_unavailable
+from draftbench.kernels.select import every_pair
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..attention import Plan
 from ..layout import Layout
 
 KERNELS = ("gluon", "fa4", "cudnn", "sdpa")
@@ -55,6 +57,12 @@ def run(
     return out
 
 
+def everything(q: Tensor) -> tuple[Plan, Layout]:
+    """Dense attention of q [B, S, H, D] as a plan for an executor, tokens as they come."""
+    layout = Layout((1, 1, q.shape[1]))
+    return every_pair(layout, torch.zeros(len(q), dtype=torch.int64, device=q.device), q.shape[2]), layout
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, kernel: str | None) -> Tensor:
     if q.dtype == torch.float32:
         kernel = "sdpa"
@@ -68,7 +76,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, kernel: str | None) -> Tensor:
         out: Tensor = _flash_attn_fwd(q, k, v)[0]
         return out
     if kernel == "gluon":
-        return executor("gluon")(q, k, v, *gluon.everything(q))[0]
+        return executor("gluon")(q, k, v, *everything(q))[0]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if kernel == "sdpa":
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)

@@ -13,10 +13,10 @@ bf16 matrix product on an H200); q and the output once, 1.6 GB, .4 ms at 4.3 TB/
 Tried, TFLOP/s of kept work at 90, 75 and 50% on that shape, one H100, each call right after a dense one by
 FlashAttention-4 (675), on the blocks that draft keeps of pocket's q and k, and on as many random ones in every row:
 turns 665, 690, 695 and 656, 697, 702; none 651, 682, 692 and 649, 673, 658; turns only in rows of 200 blocks or more
-657, 692, 705 and 662, 680, 678. In other runs, on the first kind and without turns: a
-turn passed on when the scores are there, not when both products are issued, within 2% or slower; every 8th, 4th or 2nd
-power by a polynomial beside the special function unit, slower by 9, 21 and 24% at 90%; a running maximum instead of the
-first block's (see `passes`), slower by 5% at 50%.
+657, 692, 705 and 662, 680, 678. In other runs, on the first kind and without turns: a turn passed on when the scores
+are there, not when both products are issued, within 2% or slower; every 8th, 4th or 2nd power by a polynomial beside
+the special function unit, slower by 9, 21 and 24% at 90%; a running maximum instead of the first block's (see
+`passes`), slower by 5% at 50%.
 """
 
 from __future__ import annotations
@@ -78,17 +78,6 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, layout: Layout) -> tuple[Te
             v_text = v[:, layout.video :].masked_fill(padding[..., None, None], 0)
     forward(q, k, v, v_text, out, lse, rows, counts, whole, blocks, starts, grid, box, layout.text, STAGES)
     return out, lse
-
-
-def everything(q: Tensor) -> tuple[Plan, Layout]:
-    """The plan of dense attention of q [B, S, H, D]: all blocks, as the tokens come."""
-    batch, length, heads, _ = q.shape
-    blocks = -(-length // BLOCK)
-    starts = torch.arange(blocks + 1, dtype=torch.int32, device=q.device).mul_(BLOCK).clamp_(max=length)
-    counts = starts.new_full((batch, heads, blocks), blocks)
-    every = torch.arange(blocks, dtype=torch.int32, device=q.device).expand(batch, heads, blocks, blocks)
-    starts = starts.expand(batch, 1, -1)
-    return Plan(starts, starts, counts, every, BLOCK, BLOCK, regular=True), Layout((1, 1, length))
 
 
 def _box(plan: Plan) -> tuple[int, int, int]:

@@ -278,7 +278,7 @@ def _row_max(x, layout: gl.constexpr):
 
 @gluon.jit
 def _step(
-    one, known, state, at, j, turn,
+    one, known, state, at, j,
     MASKED: gl.constexpr, RUNNING: gl.constexpr, BOX: gl.constexpr, CUT: gl.constexpr, STAGES: gl.constexpr,
     dtype: gl.constexpr,
 ):  # fmt: skip
@@ -289,7 +289,7 @@ def _step(
     rows: gl.constexpr = top.type.layout
     slot = (at + j) % STAGES
     mbarrier.wait(full.index(slot), (at + j) // STAGES & 1)
-    mbarrier.wait(mine, turn + j & 1)
+    mbarrier.wait(mine, at + j - 1 & 1)  # a list takes two turns fewer than it adds to `at`, which no parity shows
     s = warpgroup_mma(q, k_tiles.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
     if RUNNING:
         o = o * gl.convert_layout(decay, gl.SliceLayout(1, o.type.layout))[:, None]  # while the first product runs
@@ -335,7 +335,6 @@ def _rows(
     zero = gl.zeros([M, N], gl.float32, s_layout)
     n = gl.to_tensor(0)
     at = gl.to_tensor(0)
-    turn = gl.to_tensor(-1)  # step j of a list is turn `turn + j`; the scores of its first block take none
     job = _next(mail, mail_full, mail_empty, n)
     while job >= 0:
         item, block, row = _list_of(job, lists)
@@ -369,12 +368,12 @@ def _rows(
             state = (o, p, decay, sums, top)
             pairs = gl.maximum(whole - 1, 0) // 2  # two steps at once: p and its successor swap registers
             for i in range(pairs):
-                state = _step(one, known, state, at, 1 + 2 * i, turn, False, RUNNING, BOX, CUT, STAGES, dtype)
-                state = _step(one, known, state, at, 2 + 2 * i, turn, False, RUNNING, BOX, CUT, STAGES, dtype)
+                state = _step(one, known, state, at, 1 + 2 * i, False, RUNNING, BOX, CUT, STAGES, dtype)
+                state = _step(one, known, state, at, 2 + 2 * i, False, RUNNING, BOX, CUT, STAGES, dtype)
             if 1 + 2 * pairs < whole:
-                state = _step(one, known, state, at, 1 + 2 * pairs, turn, False, RUNNING, BOX, CUT, STAGES, dtype)
+                state = _step(one, known, state, at, 1 + 2 * pairs, False, RUNNING, BOX, CUT, STAGES, dtype)
             for j in range(gl.maximum(whole, 1), count):
-                state = _step(one, known, state, at, j, turn, True, RUNNING, BOX, CUT, STAGES, dtype)
+                state = _step(one, known, state, at, j, True, RUNNING, BOX, CUT, STAGES, dtype)
             o, p, decay, sums, top = state
             slot = (at + count) % STAGES
             mbarrier.wait(full.index(slot), (at + count) // STAGES & 1)
@@ -384,7 +383,6 @@ def _rows(
             o = warpgroup_mma_wait(0, deps=[o])
             mbarrier.arrive(empty.index(slot))
             at += count + 1
-            turn += count - 1
             total = gl.convert_layout(gl.sum(sums, 1), rows_layout)
         place = PART * M + gl.arange(0, M, layout=rows_layout)
         real = _real(block, place, starts, grid, boxes, BOX, CUT)

@@ -14,7 +14,7 @@ from draftbench.kernels.devices import on_device_of, triton_version
 from torch import Tensor
 
 from ..attention import Call, Plan
-from ..layout import Box, Identity, Order, box_sizes, even_sizes, offsets
+from ..layout import Box, Layout, Order, box_sizes, even_sizes, offsets
 from ..parts import part
 
 
@@ -211,9 +211,16 @@ def threshold_plan(scores: Tensor, sparsity: float, box: Box, call: Call) -> Pla
 
 def full_plan(call: Call, heads: int, block: int = 128) -> Plan:
     """A plan that keeps everything, in blocks of `block` tokens."""
-    sizes = even_sizes(call.layout.video, block, call.text_lengths.device)
-    mask = torch.ones(len(call.text_lengths), heads, len(sizes), len(sizes), dtype=torch.bool, device=sizes.device)
-    return plan_from_mask(mask, Identity(), sizes, block, call, regular=True)
+    return every_pair(call.layout, call.text_lengths, heads, block)
+
+
+def every_pair(layout: Layout, text_lengths: Tensor, heads: int, block: int = 128) -> Plan:
+    """As `full_plan`, of real text [B]."""
+    starts = offsets(even_sizes(layout.video, block, text_lengths.device), layout, text_lengths, block)
+    blocks = starts.shape[-1] - 1
+    counts = starts.new_full((len(text_lengths), heads, blocks), blocks)
+    every = torch.arange(blocks, dtype=torch.int32, device=starts.device).expand(*counts.shape, blocks).contiguous()
+    return Plan(starts, starts, counts, every, block, block, regular=True)
 
 
 def box_plan(mask: Tensor, box: Box, call: Call, fallbacks: Tensor | None = None) -> Plan:

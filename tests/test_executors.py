@@ -274,7 +274,7 @@ def test_full_lists_are_dense():
 @pytest.mark.parametrize("length", [256, 300], ids=["even", "ragged"])
 def test_dense_by_gluon_is_dense(length):
     """On a CPU by the executor there, on the plan that Gluon is given."""
-    from draftbench.kernels import dense, gluon
+    from draftbench.kernels import dense
 
     q, k, v = (torch.randn(2, length, 3, 64, device=DEVICE) for _ in range(3))
     if GPU:
@@ -282,7 +282,7 @@ def test_dense_by_gluon_is_dense(length):
         q, k, v = (x.bfloat16() for x in (q, k, v))
         out = dense.run(q, k, v, Layout((1, 1, length)), [0, 0], "gluon")
     else:
-        out = run("cpu")(q, k, v, *gluon.everything(q))[0]
+        out = run("cpu")(q, k, v, *dense.everything(q))[0]
     expected = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2).float() for x in (q, k, v)))
     torch.testing.assert_close(out.float(), expected.transpose(1, 2), atol=2e-2 if GPU else 1e-5, rtol=2e-2)
 
