@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ..attention import Call, Plan
-from ..kernels.select import keep_share, plan_from_mask
+from ..kernels.devices import on_device_of
+from ..kernels.select import fast, keep_share, plan_from_mask
 from ..knob import Knobbed
 from ..layout import Identity, even_sizes
 from ..parts import part
@@ -52,10 +53,15 @@ class XAttention(Knobbed):
 def antidiagonal_map(q: Tensor, k: Tensor, video: int, block: int, stride: int) -> Tensor:
     """Attention mass of blocks [B, H, n, n] by antidiagonals, float32, rows summing to one; q, k: [B, S, H, D].
 
-    An eighth of the products of dense attention's scores at stride 8. At 126,720 tokens, 24 heads and D = 128 that is
-    12 TFLOP, 20 ms at 600 TFLOP/s, and 6 G scores, which are written and read in half precision and as float32 weights
-    once each: 72 GB, 24 ms at 3 TB/s. Sums, not measurements.
+    One product where dense attention's scores take `stride`. On a GPU `kernels/antidiagonals.py` forms it, where its
+    tiles hold whole blocks, and keeps no scores.
     """
+    if fast(q):
+        from draftbench.kernels import antidiagonals
+
+        if antidiagonals.takes(q, block // stride):
+            with on_device_of(q):
+                return antidiagonals.block_map(q, k, video, block, stride)
     batch, _, heads, dim = q.shape
     pad = -video % block
     # [B * H, groups, stride * D]; a product of two is the sum of an antidiagonal.
