@@ -45,16 +45,19 @@ LAUNCH = {
 
 
 def pool(x: Tensor, box: Box, grid: tuple[int, int, int], how: str = "average") -> Tensor:
-    """As `select.pool`: mean or maximum over each box, [B, S, H, D] -> float32 [B, H, boxes, D]."""
+    """As `select.pool`: mean, maximum or mean direction over each box, [B, S, H, D] -> float32 [B, H, boxes, D]."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     batch, _, heads, dim = x.shape
     grid, counts, block = box.over(grid), box.counts(grid), box.t * box.h * box.w
     boxes, launch = math.prod(counts), LAUNCH["pool"]
     low = torch.empty(batch, heads, boxes, dim, dtype=torch.float32, device=x.device)
     r, c = (min(launch[side], triton.next_power_of_2(n)) for side, n in (("R", block), ("C", heads * dim)))
-    _pool[(boxes, -(-heads * dim // c), batch)](
+    step, direction = c, how == "direction"
+    if direction:  # a token's norm takes its whole head, and no other
+        step, c = dim, triton.next_power_of_2(dim)
+    _pool[(boxes, -(-heads * dim // step), batch)](
         x, low, heads, *grid, *counts[1:], boxes, *x.stride()[:3], BT=box.t, BH=box.h, BW=box.w, D=dim,
-        AVERAGE=how == "average", **launch | {"R": r, "C": c},
+        AVERAGE=how != "max", DIRECTION=direction, STEP=step, **launch | {"R": r, "C": c},
     )  # fmt: skip
     return low
 
@@ -123,12 +126,12 @@ def _list_rows(kept: Tensor, cuts: Tensor | None, text: int, key_text: int) -> t
 def _pool(
     X, LOW, heads, frames, height, width, y_boxes, x_boxes, boxes, x_b, x_s, x_h,
     BT: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, D: tl.constexpr, AVERAGE: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr,
+    DIRECTION: tl.constexpr, STEP: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """One box of C of the heads * D columns; R of its tokens at a time."""
+    """One box of STEP, at most C, of the heads * D columns; R of its tokens at a time."""
     box, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    cols = tl.program_id(1) * C + tl.arange(0, C)
-    inside = cols < heads * D
+    cols = tl.program_id(1) * STEP + tl.arange(0, C)
+    inside = (tl.arange(0, C) < STEP) & (cols < heads * D)
     h, d = cols // D, cols % D
     columns = X + b * x_b + h.to(tl.int64) * x_h + d
     t, y, x = box // (y_boxes * x_boxes) * BT, box // x_boxes % y_boxes * BH, box % x_boxes * BW
@@ -141,6 +144,8 @@ def _pool(
         token = ((t + dt) * height + y + dy) * width + x + dx
         here = live[:, None] & inside[None, :]
         value = tl.load(columns[None, :] + token.to(tl.int64)[:, None] * x_s, mask=here, other=0.0).to(tl.float32)
+        if DIRECTION:
+            value /= tl.maximum(tl.sqrt(tl.sum(value * value, 1)), 1e-12)[:, None]
         pooled = pooled + value if AVERAGE else tl.maximum(pooled, tl.where(here, value, -float("inf")))
     low = tl.sum(pooled, 0) / (t_size * y_size * x_size) if AVERAGE else tl.max(pooled, 0)
     tl.store(LOW + ((b * heads + h) * boxes + box) * D + d, low, mask=inside)

@@ -37,9 +37,10 @@ def fits(x: Tensor) -> bool:
 
 @part("pool")
 def pool(x: Tensor, box: Box, grid: tuple[int, int, int], how: str = "average") -> Tensor:
-    """Mean or maximum of video tokens over each box, a smaller box at the edges: [B, S, H, D] -> [B, H, boxes, D].
+    """Pooled video tokens of each box, a smaller box at the edges: [B, S, H, D] -> [B, H, boxes, D] float32.
 
-    Float32; text tokens, which lie behind the video, are ignored.
+    how: "average", "max", or "direction", the mean of tokens that are divided by their norms. Text tokens, which lie
+    behind the video, are ignored.
     """
     grid = box.over(grid)
     if fast(x):
@@ -47,8 +48,10 @@ def pool(x: Tensor, box: Box, grid: tuple[int, int, int], how: str = "average") 
 
         with on_device_of(x):
             return draft.pool(x, box, grid, how)
-    counts, average = box.counts(grid), how == "average"
+    counts, average = box.counts(grid), how != "max"
     video = x[:, : math.prod(grid)].float().unflatten(1, grid)
+    if how == "direction":
+        video = torch.nn.functional.normalize(video, dim=-1)
     rest = [n * b - size for n, b, size in zip(counts, (box.t, box.h, box.w), grid, strict=True)]
     if any(rest):
         around = (0, 0, 0, 0, 0, rest[2], 0, rest[1], 0, rest[0])

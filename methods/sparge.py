@@ -17,7 +17,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from ..attention import Call, Plan
 from ..kernels.select import Cut, cut_plan, keep_share, pool
@@ -53,7 +52,7 @@ class Sparge(Knobbed):
         low_q, low_k = (pool(x, Box(1, 1, cut.block), (1, 1, video)) for x, cut in zip((q, k), cuts, strict=True))
         # The mean of a Gram matrix of unit vectors is the squared length of their mean.
         odd_q, odd_k = (
-            pool(normalize(x, dim=-1), Box(1, 1, cut.block), (1, 1, video)).square().sum(-1) <= self.alike
+            pool(x, Box(1, 1, cut.block), (1, 1, video), "direction").square().sum(-1) <= self.alike
             for x, cut in zip((q, k), cuts, strict=True)
         )
         with part("score"):

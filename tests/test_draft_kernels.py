@@ -112,7 +112,10 @@ def tokens(layout, batch, heads, dim, dtype):
 
 
 @pytest.mark.pairs(
-    case=list(CASES), dtype=[torch.float32, torch.float16, torch.bfloat16], dim=[16, 48, 64], how=["average", "max"]
+    case=list(CASES),
+    dtype=[torch.float32, torch.float16, torch.bfloat16],
+    dim=[16, 48, 64],
+    how=["average", "max", "direction"],
 )
 def test_pooled_values(case, dtype, dim, how):
     grid, box, text = CASES[case]
