@@ -50,6 +50,7 @@ def page(rows: Sequence[Row], source: str) -> Page:
         "pairs); error: relative, against float32 on sampled rows (worst row); GiB beside the inputs. About "
         f"{first['budget_s']:g} s of timing a row{_rule(first)}.",
         short(rows),
+        executors(rows),
         "Other kernel: of others, on the same blocks, the one of the lowest median and those not told apart from it."
         f"{SELECTION if any(row.get('plan_ms') for row in rows) else ''}",
     ]
@@ -59,8 +60,36 @@ def page(rows: Sequence[Row], source: str) -> Page:
 
 
 def short(rows: Sequence[Row]) -> Table:
-    """The table of what matters most: for each shape, a column an executor of ours, one for the paper's way, and one
-    for the fastest kernel of others on the same blocks."""
+    """What draft gains, on its fastest executor: a line for each shape and sparsity, on the blocks that it selects."""
+    out: list[Row] = []
+    for shape, level in sorted({(row["shape"], row["sparsity"]) for row in rows}):
+        here = [row for row in rows if ok(row) and (row["shape"], row["sparsity"]) == (shape, level)]
+        here = [row for row in here if row["mask"] == "captured"]
+        whole = [row for row in here if row["contestant_kind"] == "whole" and row["contestant"] != "draft_paper"]
+        if not whole:
+            continue
+        best = min(whole, key=lambda row: float(row["ms"]["p50"]))
+        alone = next((row for row in here if row["contestant"] == f"kernel_{_executor(best['contestant'])}"), None)
+        out.append({
+            "shape": shape, "sparsity": level, "dense": best["dense"], "draft": best, "kernel": alone,
+            "others": _fastest([row for row in here if row["contestant_kind"] == "kernel" and not _ours(row)]),
+        })  # fmt: skip
+    columns: dict[str, Column] = {
+        "shape": "{shape}", "sparsity": "{sparsity:.0%}",
+        "dense, ms": lambda row: f"{value(row['dense'], 'ms', '.4g')}, {row['dense']['contestant']}",
+        "draft, ms": lambda row: f"{spread(row['draft'])}, {_executor(row['draft']['contestant'])}",
+        "speed-up": lambda row: value(row["draft"], "speedup", ".2f"),
+        "of the ideal": lambda row: value(row["draft"], "ideal_share", ".2f"),
+        "selection, ms": lambda row: spread(row["draft"], "plan_ms").partition(" ")[0],
+        "kernel, TFLOP/s": lambda row: value(row["kernel"], "tflops", ".3g"),
+        "kernels of others, ms, of the ideal": "{others}",
+    }  # fmt: skip
+    return Table("short", columns, out)
+
+
+def executors(rows: Sequence[Row]) -> Table:
+    """For each shape at `LEVELS`, a column an executor of ours, one for the paper's way, and one for the fastest kernel
+    of others on the same blocks."""
     found = {(row["shape"], row["contestant"], row["mask"], row["sparsity"]): row for row in rows if ok(row)}
     names = sorted({name.partition("_")[2] for _, name, _, _ in found if name.startswith(("draft_", "kernel_"))})
     peers = [row for row in found.values() if row["contestant_kind"] == "kernel" and not _ours(row)]
@@ -96,7 +125,7 @@ def short(rows: Sequence[Row]) -> Table:
                 cells += [others.get(name, "-")] if peers else []
                 if set(cells) != {"-"}:
                     out.append({"what": f"{shape}, {level:.0%}: {name}"} | dict(zip(headings, cells, strict=True)))
-    return Table("short", {"": "{what}"} | {name: f"{{{name}}}" for name in headings}, out)
+    return Table("executors", {"": "{what}"} | {name: f"{{{name}}}" for name in headings}, out)
 
 
 def _shape(rows: list[Row]) -> list[Table | str]:
@@ -152,7 +181,9 @@ def figure(rows: Sequence[Row], path: Path, digest: str) -> None:
 
     check_same(rows, path.stem)
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    picture = canvas(6.4 * len(shapes), 5.2)
+    picture = canvas(6.4 * len(shapes), 5.2)  # or says what to install
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     names = list(dict.fromkeys(row["contestant"] for row in rows if ok(row)))
     colours = list(dict.fromkeys(_executor(name) for name in names))
     for axes, shape in zip(picture.subplots(1, len(shapes), squeeze=False)[0], shapes, strict=True):
@@ -172,6 +203,9 @@ def figure(rows: Sequence[Row], path: Path, digest: str) -> None:
             label = "ideal: dense time x kept pairs"
             axes.plot(fine, np.interp(fine, at, ms), "k--", label=label, linewidth=1)
         axes.set(title=shape, xlabel="sparsity achieved", ylabel="ms", yscale="log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=7)
     devices = ", ".join(dict.fromkeys(row["device"] for row in rows))

@@ -22,8 +22,8 @@ KERNELS = ("gluon", "fa4", "cudnn", "sdpa")
 def name(device: torch.device) -> str:
     """The kernel of half-precision calls on a device, the fastest that is there: fa4 (FlashAttention-4), cudnn or sdpa.
 
-    Measured on an H100 (results/tables/attention_h100.md): FlashAttention-4 before cuDNN. Our own, gluon on a list of
-    all blocks, is for the benchmarks to name.
+    Measured on an H200 (results/tables/attention_h200.md): FlashAttention-4 before cuDNN. Our own, gluon on a list of
+    all blocks, cannot be told from FlashAttention-4 there; it is for the benchmarks to name.
     """
     if device.type != "cuda":
         return "sdpa"

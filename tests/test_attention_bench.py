@@ -385,7 +385,7 @@ def test_promote_tables_and_picture(run, rows, tmp_path, capsys):
     assert "some.png is out of date" in capsys.readouterr().err
     assert tables.main(folders) == 0 and tables.main([*folders, "--check"]) == 0
     assert (tmp_path / "out" / "some.md").read_text() == attention_tables.page(promoted, "some").markdown()
-    assert "| tiny, 90%: share of the ideal, whole operation | 0." in (tmp_path / "R.md").read_text()
+    assert "| tiny | 90% | 0." in (tmp_path / "R.md").read_text()
     source.write_text(source.read_text().replace("sdpa", "spda"))
     capsys.readouterr()
     assert tables.main([*folders, "--check"]) == 1 and "some.png is out of date" in capsys.readouterr().err
@@ -419,7 +419,7 @@ def test_what_matters_most_is_computed_from_the_rows(rows):
     kernel |= {"ms": spread(12.0), "kept_pairs": 100, "tflops": 456.0, "ideal_share": 0.625}
     even |= {"ms": spread(10.0), "kept_pairs": 125, "ideal_share": 0.7}
     trimmed |= {"ms": spread(15.0), "kept_pairs": 125}
-    text = attention_tables.short(rows).grid().splitlines()
+    text = attention_tables.executors(rows).grid().splitlines()
     assert text[0] == "| | cpu |" and text[1] == "|---|---|"
     lines = [
         "ms, whole operation | 13.25 [12.25, 14.25] |", "share of the ideal, whole operation | 0.50 |",
@@ -438,10 +438,32 @@ def test_what_matters_most_is_computed_from_the_rows(rows):
         ("slow", 3.0, "balanced"),
     ]
     rows += [kernel | {"contestant": name, "ms": spread(ms), "mask": mask} for name, ms, mask in others]
-    text = attention_tables.short(rows).grid().splitlines()
+    text = attention_tables.executors(rows).grid().splitlines()
     assert text[0] == "| | cpu | other kernel |" and f"| tiny, 90%: {lines[0]} - |" in text
     assert f"| tiny, 90%: {lines[4]} best 8.000 [7.000, 9.000], 0.62; near 9.500 [8.500, 10.50], 0.62 |" in text
     assert f"| tiny, 90%: {lines[5]} slow 3.000 [2.000, 4.000], 0.62 |" in text
+
+
+def test_what_draft_gains_is_told_of_its_fastest_executor_on_its_own_blocks(rows):
+    here = {row["contestant"]: row for row in rows if row["mask"] == "captured" and row["sparsity"] == 0.9}
+    whole, kernel = here["draft_cpu"], here["kernel_cpu"]
+    whole |= {"ms": spread(13.25), "plan_ms": spread(1.5), "speedup": 4.5, "ideal_share": 0.5}
+    whole |= {"dense": {"contestant": "sdpa", "ms": 60.0}}
+    kernel |= {"tflops": 456.0}
+    others = [
+        whole | {"contestant": "draft_slow", "ms": spread(20.0)},
+        whole | {"contestant": "draft_paper", "ms": spread(5.0)},
+        kernel | {"contestant": "peer", "ms": spread(12.0), "ideal_share": 0.55},
+        kernel | {"contestant": "peer", "ms": spread(2.0), "mask": "balanced"},
+    ]
+    table = attention_tables.short([*rows, *others])
+    (line,) = [cells for cells in table.cells() if cells[1] == "90%"]
+    assert line == [
+        "tiny", "90%", "60, sdpa", "13.25 [12.25, 14.25], cpu", "4.50", "0.50", "1.500", "456",
+        "peer 12.00 [11.00, 13.00], 0.55",
+    ]  # fmt: skip
+    failed = [row | {"status": "failed: it broke"} for row in rows]
+    assert attention_tables.short(failed).cells() == []
 
 
 def spread(ms):
