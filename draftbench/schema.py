@@ -375,7 +375,7 @@ def _words(kind: Any) -> str:
     if origin is list:
         return f"a list of {_words(arguments[0]).removeprefix('one of ')}, each once"
     if origin in (Union, types.UnionType):
-        return " or ".join(_words(argument) for argument in arguments)
+        return " or ".join(sorted(map(_words, arguments), key=lambda words: words != "null"))
     if origin is tuple:
         return f"a list of {len(arguments)}, each {_words(arguments[0])}"
     return {bool: "true or false", int: "an integer", float: "a number", str: "a text", type(None): "null"}.get(

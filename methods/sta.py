@@ -5,6 +5,8 @@ grid's edges. The paper searches windows per step, layer and head, as `sta_searc
 the search: all layers and steps have the same windows, and the heads are split between the two that meet the sparsity
 together. Any grid, edge tiles may be smaller. A window of an even number of tiles has that many and reaches one
 further back; the official code makes it one more, where there is one.
+
+Its own knob is a window, in tiles, for all heads: 3x3x3 is one of the paper's, of 18x24x24 tokens. It has no default.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,15 +30,26 @@ BLOCK = 128  # tokens; a larger tile is listed as parts of it, which more kernel
 
 @dataclass
 class STA(Method):
-    """tile: (t, h, w) tokens."""
+    """tile: (t, h, w) tokens; window: (t, h, w) tiles, all of an axis that has fewer; if given, sparsity must be 0."""
 
     tile: tuple[int, int, int] = (6, 8, 8)
+    window: Window | None = None
     windows: str = field(default="uniform", init=False)  # for the records
+    knob: ClassVar[str] = "window"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window is not None and not (len(self.window) == 3 and all(n >= 1 for n in self.window)):
+            raise ValueError(f"method.window must be null or three numbers of tiles, 1 or more, got {self.window}")
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Plan:
         """See `Method.plan`; the windows depend on the grid alone."""
-        box = Box(*(int(n) for n in self.tile))
-        windows = choose_windows(box, call.layout.grid, q.shape[2], round(1 - self.sparsity, 9))
+        box, grid, heads = Box(*(int(n) for n in self.tile)), call.layout.grid, q.shape[2]
+        if self.window is None:
+            windows = choose_windows(box, grid, heads, round(1 - self.sparsity, 9))
+        else:
+            t, h, w = (min(int(n), most) for n, most in zip(self.window, box.counts(grid), strict=True))
+            windows = ((t, h, w),) * heads
         return window_plan(box, windows, q, call)
 
 

@@ -15,7 +15,7 @@ from draftbench.methods.jenga import Jenga, adjacent, curve
 from draftbench.methods.radial import Radial, decay_mask
 from draftbench.methods.re_ttention import ReTtention
 from draftbench.methods.sparge import Sparge
-from draftbench.methods.sta import STA, choose_windows
+from draftbench.methods.sta import STA, choose_windows, window_density
 from draftbench.methods.sta_searched import STASearched, priced
 from draftbench.methods.svg import SVG
 from draftbench.methods.svg2 import SVG2
@@ -273,6 +273,41 @@ def test_sta_is_a_window_of_tiles(grid):
             for j, b in enumerate(coordinates):
                 expected[i, j] = in_window(a, b, grid, window)
         assert torch.equal(found[h], with_text(expected, grid))
+
+
+@grids
+@pytest.mark.parametrize("density", [0.1, 0.4, 0.7])
+def test_no_mix_of_two_windows_comes_much_nearer(grid, density):
+    """Among all windows: within 2 points, since less lopsided ones are preferred to a slightly nearer mix."""
+    box, heads = Box(2, 4, 4), 3
+    sizes = list(itertools.product(*(range(1, n + 1) for n in box.counts(grid))))
+    coordinates = list(itertools.product(*map(range, grid)))
+    share = {
+        size: sum(in_window(a, b, grid, size) for a in coordinates for b in coordinates) / len(coordinates) ** 2
+        for size in [*sizes[:: max(1, len(sizes) // 8)], sizes[-1]]
+    }
+    chosen = choose_windows(box, grid, heads, density)
+    for size, expected in share.items():
+        assert window_density(box, grid, size) == pytest.approx(expected)
+    shares = [window_density(box, grid, size) for size in sizes]
+    best = min(
+        abs((mix * a + (heads - mix) * b) / heads - density)
+        for a, b in itertools.product(shares, shares)
+        for mix in range(heads + 1)
+    )
+    assert abs(sum(window_density(box, grid, size) for size in chosen) / heads - density) <= best + 0.02
+
+
+def test_stas_own_window_is_that_of_every_head():
+    grid = (5, 11, 13)
+    found = kept_tokens(STA(tile=(2, 4, 4), window=(1, 2, 9)), grid)  # of 4 tiles across there are not nine
+    coordinates = list(itertools.product(*map(range, grid)))
+    expected = torch.tensor([[in_window(a, b, grid, (1, 2, 4)) for b in coordinates] for a in coordinates])
+    assert torch.equal(found[0], with_text(expected, grid)) and torch.equal(found[1], found[0])
+    with pytest.raises(ValueError, match=r"method\.window must be null or three numbers of tiles, 1 or more, got"):
+        STA(window=(1, 0, 2))
+    with pytest.raises(ValueError, match=r"sparsity=0.5 and method\.window="):
+        STA(0.5, window=(1, 1, 1))
 
 
 def in_window(a, b, grid, window):
