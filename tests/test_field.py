@@ -200,28 +200,21 @@ def test_kmeans_is_lloyds():
 
 @grids
 @pytest.mark.parametrize("top_p, floor", [(0.9, 0.1), (0.3, 0.5), (0.0, 0.0)])
-def test_svg2_is_the_papers_rule(grid, top_p, floor):
+def test_svg2_is_the_papers_rule(monkeypatch, grid, top_p, floor):
     method = SVG2(top_p=top_p, floor=floor, q_clusters=4, k_clusters=6, first=3, next=2, block=16)
     q, k, _ = tensors(grid)
-    video, state = math.prod(grid), {}
-    for calls in range(2):  # the second starts from the centroids of the first
-        before = dict(state)
+    video, state, drawn, draw = math.prod(grid), {}, [], SVG2.draw
+    monkeypatch.setattr(SVG2, "draw", staticmethod(lambda *given: drawn.append(draw(*given)) or drawn[-1]))
+    for rounds in (3, 2):  # the second call starts from the centroids of the first
+        before = {name: x[0] for name, x in state.items()}
         found = kept_tokens(method, grid, state=state)
+        before = before or dict(zip(("q", "k"), drawn, strict=True))
         for h in range(2):
             sides = []
             for x, name, count in ((q, "q", 4), (k, "k", 6)):
-                x = x[0, :video, h]
-                if calls:
-                    start = before[name][0, h]
-                    labels, centroids = lloyd(x, start, 2)
-                else:  # its random tokens are not ours to know: only where they led
-                    centroids = state[name][0, h]
-                    labels = [int(((t - centroids) ** 2).sum(1).argmin()) for t in x]
-                    continue
+                labels, centroids = lloyd(x[0, :video, h], before[name][h], rounds)
                 torch.testing.assert_close(state[name][0, h], centroids, atol=1e-5, rtol=1e-4)
                 sides.append((torch.tensor(labels), centroids, [labels.count(c) for c in range(count)]))
-            if not calls:
-                continue
             (q_labels, q_mean, _), (k_labels, k_mean, k_size) = sides
             expected = torch.zeros(video, video, dtype=torch.bool)
             for i in range(4):
