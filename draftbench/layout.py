@@ -137,6 +137,7 @@ def permutation(order: Order, layout: Layout, device: torch.device) -> Tensor | 
     return torch.cat([video, text], -1)
 
 
+@functools.lru_cache(maxsize=64)
 def even_sizes(total: int, block: int, device: torch.device) -> Tensor:
     """Sizes of consecutive blocks of `block` tokens that cut `total`, int32; the last may be smaller."""
     sizes = [block] * (total // block) + ([total % block] if total % block else [])

@@ -29,8 +29,8 @@ from .environment import alone, describe
 from .kernels import dense as dense_kernel
 from .knob import Knobbed
 from .latency import Timer, Timing, in_turn
-from .layout import Box
 from .methods.dense import Dense
+from .methods.draft import Draft
 from .metrics.lpips import lpips
 from .metrics.psnr import psnr_db
 from .metrics.ssim import ssim
@@ -322,7 +322,8 @@ class Job:
 
     def diagnose(self) -> None:
         """Write output error and recalled mass by step and layer of the first clip, and pictures of them."""
-        spot = Spot(**self.config.maps, box=Box(1, *self.config.model.geometry.region))
+        regions = Draft(region=self.config.model.geometry.region, stacked=False)
+        spot = Spot(**self.config.maps, box=regions.box(self.model.grid))
         probe = Probe(self.method, self.executor, dense_kernel.run, self.parts, spot=spot)
         (frames,) = self.model.generate(self.request, probe)
         if not probe.rows:

@@ -68,7 +68,7 @@ class Tracking:
 class Geometry:
     """Sizes in tokens that the methods read, each where it is present."""
 
-    region: Annotated[tuple[int, int], "two integers of at least 1 (h, w)", lambda x: x >= 1]
+    region: Annotated[tuple[int, int] | None, "null or two integers of at least 1 (h, w)", lambda x: x >= 1]
     tile: Annotated[tuple[int, int, int], "three integers of at least 1 (t, h, w)", lambda x: x >= 1]
     block: Count
 

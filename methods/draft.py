@@ -2,8 +2,9 @@
 
 A low-resolution attention map of average-pooled queries and keys ranks regions of 8x16 tokens within a frame; one
 threshold per head over the whole map drops the lowest. As the official code does: dropped blocks are skipped (the
-paper writes zeroed logits), text stays dense. Beyond it: any grid, and a row left with nothing keeps its best block;
-and the last block that the sparsity drops is dropped, which the official code keeps, as the threshold itself.
+paper writes zeroed logits), text stays dense. Beyond it: any grid, with regions of 16x8 where fewer of those cover it;
+a row left with nothing keeps its best block; and the last block that the sparsity drops is dropped, which the official
+code keeps, as the threshold itself.
 Where the region does not divide a frame's height, regions may run on into the next frame (`stacked`): 45x80 tokens
 in 33 frames are then 930 regions instead of 990, and only the last of them are cut.
 """
@@ -29,17 +30,19 @@ from ..kernels.select import (
 )
 from ..layout import Box
 
+REGIONS = ((8, 16), (16, 8))  # (h, w) tokens
+
 if TYPE_CHECKING:
     from ..models import Model
 
 
 @dataclass
 class Draft(Method):
-    """region: (h, w) tokens; stacked: regions run on from frame to frame, None where that makes fewer of them; pool:
-    average or max; per_row: top-k of each row instead of one threshold per head; first_frame_sink and same_frame keep
-    those blocks too, and need regions that do not run on."""
+    """region: (h, w) tokens, None the one of `REGIONS` that makes fewest of them; stacked: regions run on from frame to
+    frame, None where that makes fewer; pool: average or max; per_row: top-k of each row instead of one threshold per
+    head; first_frame_sink and same_frame keep those blocks too, and need regions that do not run on."""
 
-    region: tuple[int, int] = (8, 16)
+    region: tuple[int, int] | None = None
     stacked: bool | None = None
     pool: str = "average"
     per_row: bool = False
@@ -50,7 +53,8 @@ class Draft(Method):
         super().__post_init__()
         if self.pool not in ("average", "max"):
             raise ValueError(f"method.pool must be average or max, got {self.pool!r}")
-        self.region = (int(self.region[0]), int(self.region[1]))
+        if self.region is not None:
+            self.region = (int(self.region[0]), int(self.region[1]))
         if self.first_frame_sink or self.same_frame:
             if self.stacked:
                 raise ValueError("method.stacked must be false with method.first_frame_sink or method.same_frame")
@@ -58,14 +62,15 @@ class Draft(Method):
 
     def box(self, grid: tuple[int, int, int]) -> Box:
         """The region as a box on a grid."""
-        apart, stacked = Box(1, *self.region), Box(1, *self.region, stacked=True)
-        if self.stacked is None:
-            return stacked if math.prod(stacked.counts(grid)) < math.prod(apart.counts(grid)) else apart
-        return stacked if self.stacked else apart
+        regions = REGIONS if self.region is None else (self.region,)
+        ways = (False, True) if self.stacked is None else (self.stacked,)
+        boxes = [Box(1, *region, stacked=stacked) for region in regions for stacked in ways]
+        return min(boxes, key=lambda box: math.prod(box.counts(grid)))
 
     def meet(self, model: Model, parts: DenseParts) -> None:
         """See `Method.meet`: what the grid decides is decided here, so that records state it."""
-        self.stacked = self.box(model.grid).stacked
+        box = self.box(model.grid)
+        self.region, self.stacked = (box.h, box.w), box.stacked
 
     def scores(self, q: Tensor, k: Tensor, call: Call) -> Tensor:
         """The draft map [B, H, regions, regions], rows summing to one."""

@@ -13,6 +13,7 @@ import yaml
 from draftbench.kernels import dense, run
 from draftbench.kernels.mass import attention_mass
 from draftbench.methods import sta
+from draftbench.methods.draft import Draft
 
 from draftbench import calibrate
 from draftbench.attention import DenseParts, Meter, Method, Request, Session, count_pairs
@@ -168,6 +169,17 @@ def test_regions_run_on_from_frame_to_frame_where_that_makes_fewer(name):
     assert met(replace(method, same_frame=True), GRIDS["ragged"]).stacked is False
     with pytest.raises(ValueError, match=r"method.stacked must be false with"):
         replace(method, first_frame_sink=True, stacked=True)
+
+
+def test_the_region_is_the_one_that_makes_fewest():
+    found = {
+        (33, 48, 80): ((8, 16), False), (33, 45, 80): ((8, 16), True), (21, 48, 80): ((8, 16), False),
+        (21, 30, 52): ((16, 8), True), (28, 30, 53): ((16, 8), True), (16, 32, 48): ((8, 16), False),
+    }  # fmt: skip
+    for grid, expected in found.items():
+        method = met(Draft(0.5), grid)
+        assert (method.region, method.stacked) == expected, grid
+    assert met(Draft(0.5, region=(8, 16)), (21, 30, 52)).region == (8, 16)
 
 
 def plans(name, sparsity=0.75):

@@ -96,8 +96,11 @@ BAD = [
     ({"model.steps": 2.5}, "model.steps must be an integer of at least 1, got 2.5"),
     ({"model.shift": 0}, "model.shift must be a number above 0, got 0"),
     ({"model.geometry": None}, "model.geometry must be keys and values, got null"),
-    ({"model.geometry.region": [0, 8]}, "model.geometry.region must be two integers of at least 1 (h, w), got [0, 8]"),
-    ({"method.region": [8]}, "method.region must be two integers of at least 1 (h, w), got [8]"),
+    (
+        {"model.geometry.region": [0, 8]},
+        "model.geometry.region must be null or two integers of at least 1 (h, w), got [0, 8]",
+    ),
+    ({"method.region": [8]}, "method.region must be null or two integers of at least 1 (h, w), got [8]"),
     ({"method.per_row": "abc"}, "method.per_row must be true or false, got 'abc'"),
     ({"method.pool": "median"}, "method.pool must be average or max, got 'median'"),
     ({"method.nope": 1}, "unknown key method.nope=1 (keys: method.sparsity, method.region, "),
