@@ -133,7 +133,7 @@ class Bench(Contest):
             if isinstance(times, str):
                 raise RuntimeError(f"{name}: {times}")
             row[name] = quantiles(times)
-        row["dense"] = {"contestant": dense_kernel.name(case.q.device), "ms": row["dense"]["p50"]}
+        row["dense"] = {"contestant": dense_kernel.name(case.q.device, case.q.dtype), "ms": row["dense"]["p50"]}
         row["executors_run"] = sorted(one.execute.ran)
         row["share"] = row["plan_ms"]["p50"] / row["kernel_ms"]["p50"]
         row["speedup"] = row["dense"]["ms"] / row["ms"]["p50"]

@@ -92,6 +92,7 @@ class Job:
         self.name, self.settings = _file(type(self.method)).stem, _plain(self.method)  # before it measures any
         self.executor_name = kernels.resolve(config.executor, self.model.device)
         self.executor = kernels.run(self.executor_name)
+        self.dense_kernel = dense_kernel.name(self.model.device, getattr(torch, self.model.dtype))
         self.environment = describe(self.model.device)
         self.source = _source(*_classes(self.method), kernels, metrics)
         self.model_source = _source(type(self.model), attention, layout, dense_kernel, hook)
@@ -306,7 +307,7 @@ class Job:
             cell_id=self.cell_id(*cell), model=self.model.name, weights_hash=self.model.weights_hash, method=self.name,
             method_settings=_plain(self.method), knob=self.method.given,
             executor=self.executor_name, executors_run=sorted(self.executor.ran),
-            dense_kernel=dense_kernel.name(self.model.device),
+            dense_kernel=self.dense_kernel,
             prompt=cell[0], seed=cell[1],
             grid=list(self.model.grid), sparsity=float(self.method.target), status=status,
             model_settings=self.model.settings(), dense=asdict(self.parts),
@@ -373,7 +374,7 @@ class Job:
         return {
             "model": self.model.name, "weights": self.model.weights_hash, "settings": self.model.settings(),
             "steps": self.model.steps, "device": self.environment["device"], "versions": self.environment["versions"],
-            "source": self.model_source, "dense_kernel": dense_kernel.name(self.model.device),
+            "source": self.model_source, "dense_kernel": self.dense_kernel,
         }  # fmt: skip
 
 

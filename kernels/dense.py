@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -19,13 +20,16 @@ from ..layout import Layout
 KERNELS = ("gluon", "fa4", "cudnn", "sdpa")
 
 
-def name(device: torch.device) -> str:
-    """The kernel of half-precision calls on a device, the fastest that is there: fa4 (FlashAttention-4), cudnn or sdpa.
+def name(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
+    """The kernel of calls in a dtype on a device: fa4 (FlashAttention-4) or cudnn in half precision, else torch's sdpa.
 
     Measured on an H200 (results/tables/attention_h200.md): FlashAttention-4 before cuDNN. Our own, gluon on a list of
-    all blocks, cannot be told from FlashAttention-4 there; it is for the benchmarks to name.
+    all blocks, is 1.5% faster than it in a compiled step (steps_h200.md) and not told from it alone; that one is for
+    the benchmarks to name, since a dense baseline that is not ours is the better witness.
     """
-    if device.type != "cuda":
+    if dtype == torch.float32 or device.type != "cuda" or torch.version.hip:
+        return "sdpa"
+    if torch.cuda.get_device_capability(device) < (8, 0):  # which cuDNN's attention needs
         return "sdpa"
     return "cudnn" if fa4.unavailable(device) else "fa4"
 
@@ -59,15 +63,18 @@ def run(
 
 def everything(q: Tensor) -> tuple[Plan, Layout]:
     """Dense attention of q [B, S, H, D] as a plan for an executor, tokens as they come."""
-    layout = Layout((1, 1, q.shape[1]))
-    return every_pair(layout, torch.zeros(len(q), dtype=torch.int64, device=q.device), q.shape[2]), layout
+    return _every_pair(*q.shape[:3], q.device)
+
+
+@functools.lru_cache(maxsize=2)  # a list of all blocks is 94 MB at 992 of them and 24 heads
+def _every_pair(batch: int, length: int, heads: int, device: torch.device) -> tuple[Plan, Layout]:
+    layout = Layout((1, 1, length))
+    return every_pair(layout, torch.zeros(batch, dtype=torch.int64, device=device), heads), layout
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, kernel: str | None) -> Tensor:
-    if q.dtype == torch.float32:
-        kernel = "sdpa"
-    elif kernel is None:
-        kernel = name(q.device)
+    if kernel is None or q.dtype == torch.float32:
+        kernel = name(q.device, q.dtype)
         if kernel == "fa4" and q.shape[-1] not in fa4.HEAD_DIMS:
             kernel = "cudnn"
     if kernel == "fa4":

@@ -18,6 +18,7 @@ import os
 from typing import Any
 
 import torch
+from draftbench.kernels.devices import on_device_of
 from torch import Tensor
 
 from ..attention import Call
@@ -31,7 +32,8 @@ def attention_mass(q: Tensor, k: Tensor, box: Box, call: Call) -> Tensor:
 
     A row sums to its box's number of tokens less what they give to text. `run` on a GPU, else `reference`.
     """
-    return (run if q.device.type == "cuda" else reference)(q, k, box, call.layout, call.text_lengths)
+    with on_device_of(q):
+        return (run if q.device.type == "cuda" else reference)(q, k, box, call.layout, call.text_lengths)
 
 
 def reference(q: Tensor, k: Tensor, box: Box, layout: Layout, text_lengths: Tensor, rows: int = 1024) -> Tensor:

@@ -60,7 +60,8 @@ def pool(x: Tensor, box: Box, grid: tuple[int, int, int], how: str = "average") 
     if not average:
         return cut.amax((2, 4, 6)).flatten(1, 3).transpose(1, 2)
     sizes = box_sizes(box, grid, x.device)
-    return cut.sum((2, 4, 6)).flatten(1, 3).transpose(1, 2) / sizes[:, None]
+    # Axis by axis: all at once takes a CPU ten times as long.
+    return cut.sum(6).sum(4).sum(2).flatten(1, 3).transpose(1, 2) / sizes[:, None]
 
 
 @part("score")

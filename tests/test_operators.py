@@ -292,5 +292,19 @@ def test_dense_by_flash_attention_4(monkeypatch):
     for name in ("flash_attn", "flash_attn.cute"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", interface)
-    monkeypatch.setattr(dense, "name", lambda device: "fa4")
+    monkeypatch.setattr(dense, "name", lambda *_: "fa4")
     assert torch.equal(dense.run(q, k, v, layout, [5, 3]), expected)
+
+
+def test_the_dense_kernel_is_what_the_device_and_dtype_have(monkeypatch):
+    card, capability = torch.device("cuda"), [(9, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
+    monkeypatch.setattr(dense.fa4, "unavailable", lambda device: None)
+    assert dense.name(card) == "fa4" and dense.name(card, torch.float32) == "sdpa"
+    monkeypatch.setattr(dense.fa4, "unavailable", lambda device: "it is not installed")
+    assert dense.name(card) == "cudnn" and dense.name(torch.device("cpu")) == "sdpa"
+    capability[0] = (7, 5)
+    assert dense.name(card) == "sdpa"
+    capability[0] = (9, 4)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert dense.name(card) == "sdpa"

@@ -13,14 +13,16 @@ from ..attention import Request, Session
 class Model(Protocol):
     """What a benchmark asks of a model.
 
-    name: as in conf/model; weights_hash: SHA-256 of the weights, hexadecimal; device: where it runs; grid: the token
-    grid (T, H, W); steps: the sampler's steps if a request names none; fps: frames a second of the written videos.
+    name: as in conf/model; weights_hash: SHA-256 of the weights, hexadecimal; device: where it runs; dtype: of its
+    attention, as torch names it; grid: the token grid (T, H, W); steps: the sampler's steps if a request names none;
+    fps: frames a second of the written videos.
     One whose clips can't be judged says why as `no_quality`; its clips have no frames.
     """
 
     name: str
     weights_hash: str
     device: torch.device
+    dtype: str
     grid: tuple[int, int, int]
     steps: int
     fps: int
