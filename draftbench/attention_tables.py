@@ -50,6 +50,7 @@ def page(rows: Sequence[Row], source: str) -> Page:
         "pairs); error: relative, against float32 on sampled rows (worst row); GiB beside the inputs. About "
         f"{first['budget_s']:g} s of timing a row{_rule(first)}.",
         short(rows),
+        "Beside the kernel: the selection, timed alone, and what order and restore took in the pass for the parts.",
         executors(rows),
         "Other kernel: of others, on the same blocks, the one of the lowest median and those not told apart from it."
         f"{SELECTION if any(row.get('plan_ms') for row in rows) else ''}",
@@ -80,7 +81,7 @@ def short(rows: Sequence[Row]) -> Table:
         "draft, ms": lambda row: f"{spread(row['draft'])}, {_executor(row['draft']['contestant'])}",
         "speed-up": lambda row: value(row["draft"], "speedup", ".2f"),
         "of the ideal": lambda row: value(row["draft"], "ideal_share", ".2f"),
-        "selection, ms": lambda row: spread(row["draft"], "plan_ms").partition(" ")[0],
+        "beside the kernel, ms": lambda row: _beside(row["draft"]),
         "kernel, TFLOP/s": lambda row: value(row["kernel"], "tflops", ".3g"),
         "kernels of others, ms, of the ideal": "{others}",
     }  # fmt: skip
@@ -211,6 +212,13 @@ def figure(rows: Sequence[Row], path: Path, digest: str) -> None:
     devices = ", ".join(dict.fromkeys(row["device"] for row in rows))
     picture.suptitle(f"One attention call on {devices}, commit {rows[0]['commit'][:12]}", fontsize=9)
     save(picture, path, digest)
+
+
+def _beside(row: Row) -> str:
+    """All of a whole operation but its kernel: the selection as it was timed alone, order and restore as parts."""
+    if not row.get("plan_ms") or not row["parts_ms"]:
+        return "-"
+    return number(row["plan_ms"]["p50"] + row["parts_ms"].get("order", 0) + row["parts_ms"].get("restore", 0))
 
 
 def _executor(name: str) -> str:

@@ -448,7 +448,7 @@ def test_what_draft_gains_is_told_of_its_fastest_executor_on_its_own_blocks(rows
     here = {row["contestant"]: row for row in rows if row["mask"] == "captured" and row["sparsity"] == 0.9}
     whole, kernel = here["draft_cpu"], here["kernel_cpu"]
     whole |= {"ms": spread(13.25), "plan_ms": spread(1.5), "speedup": 4.5, "ideal_share": 0.5}
-    whole |= {"dense": {"contestant": "sdpa", "ms": 60.0}}
+    whole |= {"dense": {"contestant": "sdpa", "ms": 60.0}, "parts_ms": {"pool": 9.0, "order": 0.25, "restore": 0.5}}
     kernel |= {"tflops": 456.0}
     others = [
         whole | {"contestant": "draft_slow", "ms": spread(20.0)},
@@ -459,7 +459,7 @@ def test_what_draft_gains_is_told_of_its_fastest_executor_on_its_own_blocks(rows
     table = attention_tables.short([*rows, *others])
     (line,) = [cells for cells in table.cells() if cells[1] == "90%"]
     assert line == [
-        "tiny", "90%", "60, sdpa", "13.25 [12.25, 14.25], cpu", "4.50", "0.50", "1.500", "456",
+        "tiny", "90%", "60, sdpa", "13.25 [12.25, 14.25], cpu", "4.50", "0.50", "2.250", "456",
         "peer 12.00 [11.00, 13.00], 0.55",
     ]  # fmt: skip
     failed = [row | {"status": "failed: it broke"} for row in rows]

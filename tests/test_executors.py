@@ -3,6 +3,7 @@
 import itertools
 import math
 import shutil
+import subprocess
 import sys
 from types import ModuleType
 from typing import NamedTuple
@@ -32,8 +33,11 @@ def lists(q_blocks, kv_blocks, batch, heads, density, seed):
 
 
 def box_plan(layout, text, box, heads, density=0.3):
-    sizes = box_sizes(box, layout.grid, DEVICE)
-    block = box.t * box.h * box.w
+    """Of boxes, or, for `Identity`, of 128 tokens as they come."""
+    if isinstance(box, Box):
+        sizes, block = box_sizes(box, layout.grid, DEVICE), box.t * box.h * box.w
+    else:
+        sizes, block = even_sizes(layout.video, 128, DEVICE), 128
     starts = offsets(sizes, layout, text, block)
     n = starts.shape[-1] - 1
     return Plan(starts, starts, *lists(n, n, len(text), heads, density, 1), block, block, box, box, regular=True)
@@ -363,10 +367,11 @@ BOXES = {
     "8x16": Box(1, 8, 16),
     "stacked": Box(1, 8, 16, stacked=True),
     256: Box(4, 8, 8),
+    "plain": Identity(),
 }
 
 
-HOPPER = AXES | {"block": [128, "8x16", "stacked"], "dtype": [torch.bfloat16, torch.float16]}
+HOPPER = AXES | {"block": [128, "8x16", "stacked", "plain"], "dtype": [torch.bfloat16, torch.float16]}
 FLEX = {name: values[-1:] if name in ("block", "batch", "text") else values[:2] for name, values in AXES.items()}
 
 
@@ -422,7 +427,7 @@ def test_gluon_on_a_gpu(block, dim, dtype, grid, text, kept, batch):
     gpu_case(run("gluon"), block, dim, dtype, grid, text, kept, batch)
 
 
-@on_gpu(**HOPPER | {"block": [128, "8x16", 256]})
+@on_gpu(**HOPPER | {"block": [128, "8x16", 256, "plain"]})
 def test_fa4_on_a_gpu(block, dim, dtype, grid, text, kept, batch):
     gpu_case(run("fa4"), block, dim, dtype, grid, text, kept, batch)
 
@@ -431,3 +436,19 @@ def test_fa4_on_a_gpu(block, dim, dtype, grid, text, kept, batch):
 def test_flex_on_a_gpu(block, dim, dtype, grid, text, kept, batch):
     """Few: it compiles for seconds at each shape."""
     gpu_case(run("flex"), block, dim, dtype, grid, text, kept, batch)
+
+
+@pytest.mark.gpu
+@pytest.mark.full
+@pytest.mark.skipif(not (GPU and shutil.which("compute-sanitizer")), reason="needs a CUDA device, compute-sanitizer")
+@pytest.mark.parametrize(
+    "case",
+    [f"{name}_on_a_gpu[8x16-128-bfloat16-ragged_h-77-unequal-2]" for name in ("gluon", "fa4")]
+    + ["triton_on_a_gpu[64-64-bfloat16-ragged_h-77-unequal-2]", "flex_on_a_gpu[128-64-bfloat16-ragged_t-300-one-2]"],
+)
+def test_memcheck_finds_nothing(case):
+    """API errors are left out: CUDA's Python bindings look up functions that an older driver lacks."""
+    pytest_ = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu and (full or not full)"]
+    check = ["compute-sanitizer", "--tool=memcheck", "--report-api-errors=no", "--error-exitcode=1", *pytest_]
+    done = subprocess.run([*check, f"{__file__}::test_{case}"], capture_output=True, text=True)
+    assert done.returncode == 0 and "1 passed" in done.stdout and "0 errors" in done.stdout, done.stdout
