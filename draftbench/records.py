@@ -219,6 +219,11 @@ def parse(path: Path, damaged: list[str] | None = None) -> list[dict[str, Any]]:
     return found
 
 
+def number(path: Path) -> str:
+    """What the videos and the picture beside a record begin with, from the record's path."""
+    return path.stem.partition("_")[2] or "000"
+
+
 class Index:
     """Finished cells of all runs: a folder with one small file a cell, so that any number of processes may add."""
 
@@ -275,7 +280,8 @@ def promote(
             file.write(json.dumps(record, sort_keys=True, allow_nan=False) + "\n")
     notes = [path for folder in folders if folder.is_dir() for path in sorted(folder.rglob("diagnostics.json"))]
     if notes:
-        found = [json.loads(path.read_text(encoding="utf-8")) for path in notes]
+        read = {path: json.loads(path.read_text(encoding="utf-8")) for path in notes}
+        found = list({note.get("cell_id") or path: note for path, note in read.items()}.values())  # a resumed run's too
         found.sort(key=lambda row: (row["sparsity"], row["method"]))
         with replacing(target.with_suffix(".diagnostics.json")) as temporary:
             rows = ",\n".join(json.dumps(row, sort_keys=True) for row in found)

@@ -123,7 +123,7 @@ class Media:
 
 def _clip(number: int, path: Path, row: Row) -> Row | None:
     """The files of a cell's clip, or None if it has no videos; a dense cell has nothing to compare."""
-    clip = path.stem.partition("_")[2] or "000"
+    clip = records.number(path)
     dense, method = (path.with_name(f"{clip}_{name}.mp4") for name in ("dense", row["method"]))
     if dense == method or not (dense.is_file() and method.is_file()):
         return None
