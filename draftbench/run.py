@@ -59,9 +59,8 @@ def job(config: DictConfig, folder: Path, group: str | None = None) -> list[dict
         with alone(work.model.device):
             rows = work.run()
         tracker.log_rows(rows)
-        if config.videos:
-            kinds = (sorted(folder.glob(pattern)) for pattern in ("*.mp4", "*.png"))
-            tracker.log_files(*({path.stem: path for path in paths} for paths in kinds))
+        videos, pictures = ({path.stem: path for path in sorted(folder.glob(kind))} for kind in ("*.mp4", "*.png"))
+        tracker.log_files(videos if config.videos else {}, pictures)
     print(summary.table(rows if work.name == "dense" or not work.baseline else [work.baseline, *rows]))
     print(f"records, videos and pictures: {folder}")
     return rows
