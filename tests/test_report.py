@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -205,13 +206,31 @@ def test_bad_input_is_a_line(arguments, message, tmp_path, monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="needs `pip install playwright`")
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
     with playwright.sync_playwright() as driver:
+        own = driver.chromium.executable_path  # of `playwright install chromium`, whether or not it is there
+        path = next(filter(None, map(shutil.which, (*BROWSERS, own))), None)
+        if path is None:
+            pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed, nor Playwright's own Chromium")
         browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        page = browser.new_page()
+        plays = page.evaluate("""document.createElement("video").canPlayType('video/mp4; codecs="avc1.42E01E"')""")
+        page.close()
+        if not plays:
+            browser.close()
+            pytest.skip(f"{path} cannot play H.264")
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def screenshot(request):
+    """Saves what a page or a part of it shows as NAME.png, if --screenshots=FOLDER is given."""
+
+    def save(shown, name, **options):
+        if folder := request.config.getoption("--screenshots"):
+            shown.screenshot(path=Path(folder) / f"{name}.png", **options)
+
+    return save
 
 
 @pytest.fixture
@@ -260,7 +279,7 @@ def check_seen(page, frame, method=100, dense=60, gain=4):
         assert time.monotonic() < end, (found, expected)
 
 
-def test_it_steps_frame_by_frame_and_shows_the_difference(opened):
+def test_it_steps_frame_by_frame_and_shows_the_difference(opened, screenshot):
     wait_for_frame(opened, 1)
     check_seen(opened, 0)
     for number in (1, 2, 3):
@@ -270,6 +289,7 @@ def test_it_steps_frame_by_frame_and_shows_the_difference(opened):
     opened.click("#back")
     wait_for_frame(opened, 3)
     check_seen(opened, 2)
+    screenshot(opened.locator("#clips"), "player")
     opened.select_option("#gain", "0")
     check_seen(opened, 2, gain=1)
     opened.focus("#player")
@@ -354,11 +374,14 @@ def test_it_sorts_and_filters(opened):
     assert "failed: out of memory </script><b>" in opened.inner_text("#cells tbody")
 
 
-def test_it_is_light_and_dark_and_fits_a_narrow_window(opened):
+@pytest.mark.usefixtures("settings")
+def test_it_is_light_and_dark_and_fits_a_narrow_window(opened, screenshot):
+    wait_for_frame(opened, 1)
     shades = []
     for scheme in ("light", "dark"):
         opened.emulate_media(color_scheme=scheme)
         shades.append(opened.evaluate("getComputedStyle(document.body).backgroundColor"))
+        screenshot(opened, scheme, full_page=True)
     assert shades == ["rgb(247, 247, 245)", "rgb(23, 24, 26)"]
     opened.click("#theme")
     assert opened.evaluate("getComputedStyle(document.body).backgroundColor") == shades[0]
