@@ -397,6 +397,16 @@ def test_a_second_folder_has_all_that_the_first_has(job, generated, probed):
     assert len(probed) == 2 and json.loads((job.folder / "diagnostics.json").read_text())["seed"] == 1
 
 
+def test_the_dense_timing_comes_with_a_finished_cell_unless_it_is_of_another_run(job):
+    (row,) = job("latency.enabled=true")
+    first = job.folder / "baseline.json"
+    job("latency.enabled=true")
+    assert records.read(job.folder / "baseline.json")["baseline_id"] == row["baseline_id"]
+    records.write(records.read(first) | {"baseline_id": "another"}, first)
+    job("latency.enabled=true")
+    assert not (job.folder / "baseline.json").exists()
+
+
 def test_files_are_copied_where_they_cannot_be_linked(job, monkeypatch):
     job(*ALL)
     first = job.folder
