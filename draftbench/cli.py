@@ -317,7 +317,7 @@ def _baselines(jobs: Jobs) -> list[dict[str, Any]]:
 def _show_sweep(jobs: Jobs, rows: list[dict[str, Any]]) -> None:
     from . import summary, tracking
 
-    rows = list({row["cell_id"]: row for row in rows}.values())  # dense cells come back at every sparsity
+    rows = records.distinct(rows)  # dense cells come back at every sparsity
     if all(row["method"] != "dense" for row in rows):
         rows = [*_baselines(jobs), *rows]
     table = summary.table(rows)

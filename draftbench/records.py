@@ -219,6 +219,21 @@ def parse(path: Path, damaged: list[str] | None = None) -> list[dict[str, Any]]:
     return found
 
 
+def distinct(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every cell once, in the order given: its last ok record, or else its last; one without a cell_id stays."""
+    last: dict[Any, dict[str, Any]] = {}
+    found = list(records)
+    for record in sorted(found, key=lambda r: (r.get("status") == "ok", str(r.get("timestamp")))):
+        last[record.get("cell_id") or id(record)] = record
+    kept = {id(record) for record in last.values()}
+    return [record for record in found if id(record) in kept]
+
+
+def number(path: Path) -> str:
+    """What the videos and the picture beside a record begin with, from the record's path."""
+    return path.stem.partition("_")[2] or "000"
+
+
 class Index:
     """Finished cells of all runs: a folder with one small file a cell, so that any number of processes may add."""
 
@@ -267,15 +282,13 @@ def promote(
         raise ValueError(f"{len(dirty)} of {len(records)} records come from uncommitted code; allow with --allow-dirty")
     if target.exists() and not force:
         raise FileExistsError(f"{target} exists; replace it with --force")
-    last: dict[Any, dict[str, Any]] = {}
-    for record in sorted(records, key=lambda r: (r.get("status") == "ok", str(r.get("timestamp")))):
-        last[record.get("cell_id") or id(record)] = record
     with replacing(target) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for record in sorted(last.values(), key=_order):
+        for record in sorted(distinct(records), key=_order):
             file.write(json.dumps(record, sort_keys=True, allow_nan=False) + "\n")
     notes = [path for folder in folders if folder.is_dir() for path in sorted(folder.rglob("diagnostics.json"))]
     if notes:
-        found = [json.loads(path.read_text(encoding="utf-8")) for path in notes]
+        read = {path: json.loads(path.read_text(encoding="utf-8")) for path in notes}
+        found = list({note.get("cell_id") or path: note for path, note in read.items()}.values())  # a resumed run's too
         found.sort(key=lambda row: (row["sparsity"], row["method"]))
         with replacing(target.with_suffix(".diagnostics.json")) as temporary:
             rows = ",\n".join(json.dumps(row, sort_keys=True) for row in found)

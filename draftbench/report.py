@@ -2,7 +2,8 @@
 
 Sortable tables of the means and of every cell, heat maps, and a player of the dense clip, the method's and their
 difference in step. Everything is inside the file, which stays under a limit: clips are taken in turn from every method
-and sparsity while they fit, and the page says how many there are. The page itself is report.html beside this file.
+at every setting while they fit, then pictures, and the page says how many there are. A cell in several folders counts
+once. The page itself is report.html beside this file.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import hashlib
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -23,7 +24,7 @@ from . import records, summary
 
 Row: TypeAlias = dict[str, Any]
 CELL = (
-    *("model", "method", "sparsity", "prompt", "seed", *summary.MEASURES, "device", "status"),
+    *("model", "method", "sparsity", "variant", "prompt", "seed", *summary.MEASURES, "device", "status"),
 )  # what the page shows of a record
 
 
@@ -59,92 +60,117 @@ def page(runs: Sequence[Path], limit: int) -> tuple[str, str]:
     found = [(path, row) for path, row in everything if row["kind"] == "cell"]
     if not found:
         raise ValueError("; ".join([f"there are no records of cells under {', '.join(map(str, runs))}", *damaged]))
-    rows = [row for _, row in found]
+    rows = records.distinct(row for _, row in found)
+    words = summary.differing([row | {"variant": summary.variant(row)} for row in rows])
+    cells = [row | {"sparsity": summary.level(row), "variant": said} for row, said in zip(rows, words, strict=True)]
     media = Media()
     data: Row = {
         "title": ", ".join(run.resolve().name for run in runs),
         "about": [*_about(rows), *(f"Left out: {line}" for line in damaged)],
         "means": _columns(_means(rows)),
-        "cells": _columns([{name: row.get(name) for name in CELL} for row in rows]),
+        "cells": _columns([{name: cell.get(name) for name in CELL} for cell in cells]),
         "clips": [],
         "pictures": [],
         "media": media.held,
     }
     template = (files(__package__) / "report.html").read_text(encoding="utf-8")
-    left = limit - len(template.encode()) - len(_json(data).encode()) - 1000
-    for path in _pictures(runs):
-        if media.cost(path) <= left:
-            left -= media.cost(path)
-            data["pictures"].append({"name": f"{path.parent.name}/{path.stem}", "media": media.add(path)})
-    candidates = _in_turn([clip for number, (path, row) in enumerate(found) if (clip := _clip(number, path, row))])
-    for clip in candidates:
-        cost = media.cost(clip["dense"], clip["method"]) + 400
-        if cost <= left:
-            left -= cost
-            kept = {name: media.add(clip[name]) for name in ("dense", "method")}
-            data["clips"].append({"cell": clip["cell"], "picture": None, "fps": _fps(clip["method"])} | kept)
-            clip["shown"] = data["clips"][-1]
-    for clip in candidates:  # what is left goes to their pictures
-        if "shown" in clip and clip["picture"].is_file() and media.cost(clip["picture"]) <= left:
-            left -= media.cost(clip["picture"])
-            clip["shown"]["picture"] = media.add(clip["picture"])
+    media.left = limit - len(template.encode()) - len(_json(data).encode()) - 1000
+    clips = _in_turn(_clips(found, cells))
+    shown = []
+    for clip in clips:
+        if keys := media.take(clip["dense"], clip["method"], around=400):
+            kept: Row = dict(zip(("dense", "method"), keys, strict=True))
+            kept |= {"cell": clip["cell"], "picture": None, "fps": _fps(clip["method"])}
+            data["clips"].append(kept)
+            shown.append((kept, clip["picture"]))
+    pictures = _pictures(runs, media)
+    for path in pictures:
+        name = f"{path.parent.name}/{path.stem}"
+        if keys := media.take(path, around=len(_json(name).encode()) + 60):
+            data["pictures"].append({"name": name, "media": keys[0]})
+    for kept, path in shown:
+        if path.is_file() and (keys := media.take(path)):
+            kept["picture"] = keys[0]
     data["clips"].sort(key=lambda clip: clip["cell"])
-    shown = f"{len(data['clips'])} of {len(candidates)} clips with videos"
-    data["shown"] = shown if not candidates or len(data["clips"]) == len(candidates) else (
-        f"{shown} (the page is at most {limit / 1e6:g} MB; taken in turn from every method and sparsity, in the order "
-        "of prompts and seeds)"
-    )  # fmt: skip
+    there = len(data["pictures"]) + sum(clip["picture"] is not None for clip in data["clips"])
+    known = len(pictures) + sum(clip["picture"].is_file() for clip in clips)
+    data["shown"] = f"{len(data['clips'])} of {len(clips)} clips with videos"
+    data["shown"] += f", {there} of {known} pictures" if known else ""
+    if len(data["clips"]) < len(clips) or there < known:
+        data["shown"] += (
+            f" (the page is at most {limit / 1e6:g} MB; clips come first, taken in turn from every method at every "
+            "setting, in the order of prompts and seeds)"
+        )
     return template.replace("__TITLE__", _html(data["title"])).replace("__DATA__", _json(data)), data["shown"]
 
 
 class Media:
-    """Files by the hash of their content, so that a dense clip that many methods share is held once."""
+    """Files by the hash of their content, so that a dense clip that many methods share is held once.
+
+    left: bytes that may still be added to the page.
+    """
 
     def __init__(self) -> None:
         self.held: dict[str, str] = {}
-        self._known: dict[Path, tuple[str, int]] = {}
+        self.left = 0
+        self._known: dict[Path, str] = {}
 
-    def add(self, path: Path) -> str:
-        """Hold a file, as base64, and return its key."""
-        key, _ = self._key(path)
-        self.held[key] = base64.b64encode(path.read_bytes()).decode()
-        return key
+    def take(self, *paths: Path, around: int = 0) -> list[str]:
+        """Hold files, as base64, and return their keys; none, if they and `around` bytes are more than is left."""
+        new = {key: path for path in paths if (key := self.key(path)) not in self.held}
+        cost = sum(4 * path.stat().st_size // 3 + 30 for path in new.values()) + around
+        if cost > self.left:
+            return []
+        self.left -= cost
+        self.held |= {key: base64.b64encode(path.read_bytes()).decode() for key, path in new.items()}
+        return [self.key(path) for path in paths]
 
-    def cost(self, *paths: Path) -> int:
-        """What holding these adds to the page, in bytes."""
-        return sum(size for key, size in {self._key(path) for path in paths} if key not in self.held)
-
-    def _key(self, path: Path) -> tuple[str, int]:
+    def key(self, path: Path) -> str:
+        """The hash of a file's content."""
         if path not in self._known:
-            data = path.read_bytes()
-            self._known[path] = hashlib.sha256(data).hexdigest()[:16], 4 * len(data) // 3 + 30
+            self._known[path] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         return self._known[path]
+
+
+def _clips(found: Iterable[tuple[Path, Row]], cells: Sequence[Row]) -> Iterator[Row]:
+    """The clips of cells, from any place where a cell's record lies: not all need have its videos."""
+    copies: dict[tuple[Any, ...], list[Path]] = defaultdict(list)
+    for path, row in found:
+        copies[row["cell_id"], row["timestamp"]].append(path)
+    for number, cell in enumerate(cells):
+        places = (_clip(number, path, cell) for path in copies[cell["cell_id"], cell["timestamp"]])
+        yield from list(filter(None, places))[:1]
 
 
 def _clip(number: int, path: Path, row: Row) -> Row | None:
     """The files of a cell's clip, or None if it has no videos; a dense cell has nothing to compare."""
-    clip = path.stem.partition("_")[2] or "000"
+    clip = records.number(path)
     dense, method = (path.with_name(f"{clip}_{name}.mp4") for name in ("dense", row["method"]))
     if dense == method or not (dense.is_file() and method.is_file()):
         return None
     return {
         "cell": number, "dense": dense, "method": method, "picture": path.with_name(f"{clip}_side_by_side.png"),
-        "group": (row["model"], row["method"], row["sparsity"]), "order": (row["prompt"], row["seed"]),
+        "group": (row["model"], row["method"], str(row["sparsity"]), row["variant"]),
+        "order": (row["prompt"], row["seed"]),
     }  # fmt: skip
 
 
 def _in_turn(clips: Iterable[Row]) -> list[Row]:
-    """The first clip of every model, method and sparsity, then the second of each, and so on."""
+    """The first clip of every model, method and setting, then the second of each, and so on."""
     groups: dict[Any, list[Row]] = defaultdict(list)
     for clip in sorted(clips, key=lambda clip: (*clip["group"], *clip["order"])):
         groups[clip["group"]].append(clip)
     return [clip for clip in chain.from_iterable(zip_longest(*groups.values())) if clip]
 
 
-def _pictures(runs: Sequence[Path]) -> list[Path]:
-    """Every picture of the runs that is not of one clip: heat maps and the like."""
+def _pictures(runs: Sequence[Path], media: Media) -> list[Path]:
+    """Every picture of the runs that is not of one clip, heat maps and the like; the same in two folders once."""
     found = chain.from_iterable(sorted(run.rglob("*.png")) for run in runs if run.is_dir())
-    return [path for path in found if not path.stem.endswith("_side_by_side") and "wandb" not in path.parts]
+    own: dict[str, Path] = {}
+    for path in found:
+        if not path.stem.endswith("_side_by_side") and "wandb" not in path.parts:
+            own.setdefault(media.key(path), path)
+    return list(own.values())
 
 
 def _fps(path: Path) -> float:
@@ -169,14 +195,13 @@ def _about(rows: Sequence[Row]) -> list[str]:
 
 
 def _means(rows: Sequence[Row]) -> list[Row]:
-    """`summary.means` with the variant in words: what differs from others of its model, method and sparsity."""
+    """`summary.means` with the level and the variant in words."""
     means = summary.means(rows)
-
-    def variant(row: Row) -> str:
-        same = [r["variant"] for r in means if all(r[k] == row[k] for k in ("model", "method", "sparsity"))]
-        return ", ".join(f"{k}={v}" for k, v in row["variant"].items() if any(other.get(k) != v for other in same))
-
-    return [{name: row[name] for name in row if name != "versions"} | {"variant": variant(row)} for row in means]
+    return [
+        {name: row[name] for name in row if name not in ("versions", "knob")}
+        | {"sparsity": summary.level(row), "variant": variant}
+        for row, variant in zip(means, summary.differing(means), strict=True)
+    ]
 
 
 def _columns(rows: Sequence[Row]) -> Row:

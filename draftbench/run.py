@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
+import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -56,9 +59,8 @@ def job(config: DictConfig, folder: Path, group: str | None = None) -> list[dict
         with alone(work.model.device):
             rows = work.run()
         tracker.log_rows(rows)
-        if config.videos:
-            kinds = (sorted(folder.glob(pattern)) for pattern in ("*.mp4", "*.png"))
-            tracker.log_files(*({path.stem: path for path in paths} for paths in kinds))
+        videos, pictures = ({path.stem: path for path in sorted(folder.glob(kind))} for kind in ("*.mp4", "*.png"))
+        tracker.log_files(videos if config.videos else {}, pictures)
     print(summary.table(rows if work.name == "dense" or not work.baseline else [work.baseline, *rows]))
     print(f"records, videos and pictures: {folder}")
     return rows
@@ -107,18 +109,20 @@ class Job:
         self.request = Request((config.prompts[0],), (int(config.seeds[0]),), self.model.steps)
         # Of random weights there are latencies and densities, and no frames to compare.
         self.no_quality: str | None = getattr(self.model, "no_quality", None)
+        # The files of a cell beside its record, each after the cell's number.
+        videos = config.videos and not self.no_quality
+        self.shown = ("dense.mp4", f"{self.name}.mp4", "side_by_side.png") if videos else ()
 
     def run(self) -> list[dict[str, Any]]:
         """Skip what is finished, time the first clip, then generate and measure batch by batch."""
         cells = [(prompt, int(seed)) for prompt in self.config.prompts for seed in self.config.seeds]
         rows, waiting = [], []
         for number, cell in enumerate(cells):
-            done = None if self.config.force else self.index.find(self.cell_id(*cell))
+            done = None if self.config.force else self.found(cell, number, self.path(number, len(cells)))
             if done is None:
                 waiting.append((number, cell))
             else:
                 rows.append((number, done))
-                records.write(done, self.path(number, len(cells)))
         if rows:
             where = ", ".join(sorted({str(self.index.path(row["cell_id"]).parent) for _, row in rows}))
             print(f"{len(rows)} of {len(cells)} cells were finished before, see {where}", file=sys.stderr)
@@ -132,20 +136,59 @@ class Job:
                 batch = waiting[start : start + self.config.batch]
                 made, clips = (self.failed(batch, failure), []) if failure else self.batch(batch)
                 for (number, _), row in zip(batch, made, strict=True):
-                    path = self.path(number, len(cells))
-                    records.write(row, path)
-                    if row["status"] == "ok":
-                        _keep("a cell will be run again", partial(self.index.add, row, path))
+                    records.write(row, self.path(number, len(cells)))
                     rows.append((number, row))
                     bar.update()
-                if self.config.videos and not self.no_quality:  # after the records, so that a full disk loses none
-                    for (number, cell), (clip, dense) in zip(batch, clips, strict=False):
-                        self.show(number, cell, clip.frames, dense)
-        if self.config.diagnostics and self.method.sparse and waiting and not failure and not self.no_quality:
-            self.diagnose()
+                for i, ((number, cell), row) in enumerate(zip(batch, made, strict=True)):
+                    if row["status"] != "ok":
+                        continue
+                    if self.shown:  # after the records, so that a full disk loses none
+                        self.show(number, cell, *clips[i])
+                    path = self.path(number, len(cells))  # known as finished once all of it is there
+                    _keep("a cell will be run again", partial(self.index.add, row, path))
+        if self.config.diagnostics and self.method.sparse and not failure and not self.no_quality:
+            regions = Draft(region=self.config.model.geometry.region, stacked=False)
+            spot = Spot(**self.config.maps, box=regions.box(self.model.grid))
+            if (waiting and waiting[0][0] == 0) or not self.diagnosed(spot):
+                self.diagnose(spot)
         if self.no_quality:
             print(f"draftbench: no quality, videos or diagnostics: {self.no_quality}", file=sys.stderr)
         return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
+
+    def found(self, cell: Cell, number: int, path: Path) -> dict[str, Any] | None:
+        """The record of a finished cell, written to `path`, its videos and picture beside it; None if any is gone."""
+        done = self.index.find(self.cell_id(*cell))
+        if done is None:
+            return None
+        made = self.index.path(done["cell_id"])
+        files = {made.with_name(f"{records.number(made)}_{name}"): f"{number:03}_{name}" for name in self.shown}
+        if not all(file.is_file() for file in files):
+            return None
+        records.write(done, path)
+        for file, name in files.items():
+            _bring(file, self.folder / name)
+        timed, here = made.with_name("baseline.json"), self.folder / "baseline.json"
+        known = records.read_all([timed], damaged=[]) if timed.is_file() and not here.exists() else []
+        if any(row["baseline_id"] == done["baseline_id"] for row in known):  # what its speed-ups divide by
+            _bring(timed, here)
+        return done
+
+    def diagnosed(self, spot: Spot) -> bool:
+        """Bring the first clip's diagnostics from where it was made, if they are not here; False if any is gone."""
+        (prompt,), (seed,) = self.request.prompts, self.request.seeds
+        cell_id = self.cell_id(prompt, seed)
+        for folder in (self.folder, self.index.path(cell_id).parent):
+            try:
+                note = json.loads((folder / "diagnostics.json").read_text(encoding="utf-8"))
+                same = (note["cell_id"], note["spot"]) == (cell_id, asdict(spot))
+                names = [*note["pictures"], "diagnostics.json"]
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+            if same and all((folder / name).is_file() for name in names):
+                for name in names:
+                    _bring(folder / name, self.folder / name)
+                return True
+        return False
 
     def claim(self, waiting: Sequence[tuple[Path, Cell]]) -> None:
         """Leave a record that says so for every cell that is to come, for the case that the job is killed."""
@@ -314,17 +357,18 @@ class Job:
             batch=self.config.batch, **self.environment, **self.timed, **values,
         )  # fmt: skip
 
-    def show(self, number: int, cell: Cell, frames: Tensor, dense: Tensor) -> None:
+    def show(self, number: int, cell: Cell, clip: Clip, dense: Tensor) -> None:
         """Write both videos and the side-by-side picture of a clip."""
-        media.write_video(dense, self.folder / f"{number:03}_dense.mp4", self.model.fps)
-        media.write_video(frames, self.folder / f"{number:03}_{self.name}.mp4", self.model.fps)
+        first, second, picture = (self.folder / f"{number:03}_{name}" for name in self.shown)
+        media.write_video(dense, first, self.model.fps)
+        media.write_video(clip.frames, second, self.model.fps)
         title = {"method": self.name, "sparsity": self.config.sparsity, "prompt": cell[0], "seed": cell[1]}
-        media.side_by_side(dense, frames, self.folder / f"{number:03}_side_by_side.png", title)
+        media.side_by_side(dense, clip.frames, picture, title)
 
-    def diagnose(self) -> None:
-        """Write output error and recalled mass by step and layer of the first clip, and pictures of them."""
-        regions = Draft(region=self.config.model.geometry.region, stacked=False)
-        spot = Spot(**self.config.maps, box=regions.box(self.model.grid))
+    def diagnose(self, spot: Spot) -> None:
+        """Write output error and recalled mass by step and layer of the first clip, after pictures of them."""
+        path = self.folder / "diagnostics.json"
+        path.unlink(missing_ok=True)  # it says that all of it is there
         probe = Probe(self.method, self.executor, dense_kernel.run, self.parts, spot=spot)
         (frames,) = self.model.generate(self.request, probe)
         if not probe.rows:
@@ -332,20 +376,23 @@ class Job:
             return
         means = {name: sum(row[name] for row in probe.rows) / len(probe.rows) for name in ("error", "mass")}
         (prompt,), (seed,) = self.request.prompts, self.request.seeds
-        note = {
-            "kind": "diagnostics", "cell_id": self.cell_id(prompt, seed), "method": self.name,
-            "sparsity": self.method.sparsity, "prompt": prompt, "seed": seed, "mean": means, "calls": probe.rows,
-        }  # fmt: skip
-        records.write(note, self.folder / "diagnostics.json")
         title = f"{self.model.name}, {self.name} at {self.method.sparsity:g}, {prompt!r}, seed {seed}"
+        pictures = ["recall.png"]
         heatmaps.draw_recall(probe.rows, title, self.folder / "recall.png")
         if probe.maps:
+            pictures += ["maps.png", "kept_over_frames.png"]
             heatmaps.draw_maps(probe.maps, title, self.folder / "maps.png")
             heatmaps.draw_frames(probe.maps, frames, title, self.folder / "kept_over_frames.png")
         else:
             print(
                 f"draftbench: no maps: maps.step={spot.step} maps.layer={spot.layer} is no active call", file=sys.stderr
             )
+        note = {
+            "kind": "diagnostics", "cell_id": self.cell_id(prompt, seed), "method": self.name,
+            "sparsity": self.method.sparsity, "prompt": prompt, "seed": seed, "mean": means, "calls": probe.rows,
+            "spot": asdict(spot), "pictures": pictures,
+        }  # fmt: skip
+        records.write(note, path)
         print(f"diagnostics: mean output error {means['error']:.4f}, recalled attention mass {means['mass']:.4f}")
 
     def path(self, number: int, total: int) -> Path:
@@ -404,6 +451,17 @@ def _keep(otherwise: str, write: Callable[[], None]) -> None:
         write()
     except OSError as error:
         print(f"draftbench: {otherwise}: {error.strerror or error}", file=sys.stderr)
+
+
+def _bring(file: Path, target: Path) -> None:
+    """Link a finished file to `target`, or copy it where that cannot be; it is only ever replaced, never written to."""
+    if target.exists() and target.samefile(file):
+        return
+    with records.replacing(target) as temporary:
+        try:
+            os.link(file, temporary)
+        except OSError:
+            shutil.copyfile(file, temporary)
 
 
 def _plain(method: Method) -> dict[str, Any]:

@@ -23,8 +23,8 @@ MEASURES = {
 def means(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row for each device, versions, model, method, sparsity and variant, the dense baseline of a model first.
 
-    A row has those, n (ok cells) and the mean of each of MEASURES over the cells that have it, else None. The variant
-    holds the settings, executor, grid, steps, weights and what stays dense. Cells that failed are left out.
+    A row has those, the knob, n (ok cells) and the mean of each of MEASURES over the cells that have it, else None. The
+    variant holds the settings, executor, grid, steps, weights and what stays dense. Cells that failed are left out.
     """
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = defaultdict(list)
     for record in records:
@@ -34,7 +34,7 @@ def means(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for key in sorted(groups):
         cells = groups[key]
         row = {name: cells[0][name] for name in ("device", "versions", "model", "method", "sparsity")}
-        row |= {"variant": _variant(cells[0]), "n": len(cells)}
+        row |= {"knob": cells[0].get("knob"), "variant": variant(cells[0]), "n": len(cells)}
         for name in MEASURES:
             values = [cell[name] for cell in cells if cell.get(name) is not None]
             row[name] = sum(values) / len(values) if values else None
@@ -45,13 +45,37 @@ def means(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _group(record: Mapping[str, Any]) -> tuple[Any, ...]:
     machine = (str(record["device"]), json.dumps(record["versions"], sort_keys=True))
     method = (record["method"] != "dense", str(record["method"]), record["sparsity"] or 0.0)
-    return (*machine, str(record["model"]), *method, json.dumps(_variant(record), sort_keys=True))
+    return (*machine, str(record["model"]), *method, json.dumps(variant(record), sort_keys=True))
 
 
-def _variant(record: Mapping[str, Any]) -> dict[str, Any]:
-    variant = {**(record["method_settings"] or {}), **{name: record[name] for name in ("executor", "grid", "steps")}}
+def level(row: Mapping[str, Any]) -> Any:
+    """What was asked of a row's method: its own knob with the value, in words, where that is given, or its sparsity."""
+    return ", ".join(f"{name}={value}" for name, value in (row.get("knob") or {}).items()) or row["sparsity"]
+
+
+def differing(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of each row, what its variant has that not all rows of its model, method and level share; "" for nothing."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[row["model"], row["method"], level(row)].append(row["variant"])
+    names: dict[tuple[Any, ...], list[str]] = {}
+    for key, variants in groups.items():
+        known = dict.fromkeys(name for own in variants for name in own)
+        names[key] = [name for name in known if len({repr(own.get(name)) for own in variants}) > 1]
+    words = []
+    for row in rows:
+        own = row["variant"]
+        said = [name for name in names[row["model"], row["method"], level(row)] if name in own]
+        # A calibration's own account is long, and what it is of differs beside it.
+        words.append(" ".join(f"{name}={own[name]}" for name in said if not isinstance(own[name], Mapping)))
+    return words
+
+
+def variant(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What else shapes a record's cell than model, method, sparsity, prompt and seed, by name."""
+    found = {**(record["method_settings"] or {}), **{name: record[name] for name in ("executor", "grid", "steps")}}
     dense = {f"dense.{name}": value for name, value in (record.get("dense") or {}).items()}
-    return variant | dense | {"weights": str(record.get("weights_hash"))[:12]}
+    return found | dense | {"weights": str(record.get("weights_hash"))[:12]}
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
@@ -76,12 +100,10 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
 def _lines(rows: list[dict[str, Any]]) -> list[str]:
     head = ["model", "method", "sparsity", "n", *(short for short, _ in MEASURES.values()), ""]
     body = []
-    for row in rows:
-        same = [r["variant"] for r in rows if all(r[k] == row[k] for k in ("model", "method", "sparsity"))]
-        differing = [k for k, v in row["variant"].items() if any(other.get(k) != v for other in same)]
-        names = [str(row["model"]), str(row["method"]), _number(row["sparsity"], "{:g}"), str(row["n"])]
+    for row, words in zip(rows, differing(rows), strict=True):
+        names = [str(row["model"]), str(row["method"]), _level(row), str(row["n"])]
         numbers = [_number(row[name], style) for name, (_, style) in MEASURES.items()]
-        body.append([*names, *numbers, " ".join(f"{k}={row['variant'][k]}" for k in differing)])
+        body.append([*names, *numbers, words])
     widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
     pads = [str.ljust, str.ljust, *[str.rjust] * (len(head) - 3), str.ljust]
     return [
@@ -90,10 +112,15 @@ def _lines(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def _level(row: Mapping[str, Any]) -> str:
+    asked = level(row)
+    return asked if isinstance(asked, str) else _number(asked, "{:g}")
+
+
 def _number(value: float | None, style: str) -> str:
     return "-" if value is None else style.format(value)
 
 
 def _failure(record: Mapping[str, Any]) -> str:
-    cell = f"{record['model']} {record['method']} sparsity {_number(record['sparsity'], '{:g}')}"
+    cell = f"{record['model']} {record['method']} sparsity {_level(record)}"
     return f"{record['status']} ({cell}, prompt {record['prompt']!r}, seed {record['seed']})"

@@ -22,9 +22,10 @@ LAYERS = 2
 
 
 def pytest_addoption(parser):
-    """A folder with clones of official repositories, as tests/test_official.py names them; where a log goes."""
+    """A folder with clones of official repositories, as tests/test_official.py names them; where logs, pictures go."""
     parser.addoption("--official", help="folder with clones of the methods' official repositories")
     parser.addoption("--slurm-log", help="file that tests/test_slurm.py writes what it saw to")
+    parser.addoption("--screenshots", metavar="FOLDER", help="where tests/test_report.py saves what a browser showed")
 
 
 def pairwise(axes):

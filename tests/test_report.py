@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def data(text):
 def test_everything_is_in_one_file_and_nothing_is_fetched(sweep, capsys):
     assert report.main([str(sweep)]) == 0
     text = (sweep / "report.html").read_text()
-    assert "4 of 4 clips with videos" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith("4 of 4 clips with videos, 2 of 2 pictures\n")
     assert not re.search(r"https?://|src=\"(?!data:)|href=\"(?!data:)|@import", text)
     found = data(text)
     assert len(found["cells"]["rows"]) == 6 and len(found["means"]["rows"]) == 3
@@ -71,9 +72,14 @@ def test_a_page_over_its_limit_samples_the_clips_and_says_so(sweep, capsys):
     limit = len(whole.encode()) - 3000
     text, shown = report.page([sweep], limit)
     assert len(text.encode()) <= limit and 1 <= len(data(text)["clips"]) < 4 and data(text)["shown"] == shown
-    assert re.fullmatch(r"\d of 4 clips with videos \(the page is at most [\d.e-]+ MB; taken in turn from .*\)", shown)
+    said = r"\d of 4 clips with videos, \d of 2 pictures \(the page is at most [\d.e-]+ MB; clips come first, .*\)"
+    assert re.fullmatch(said, shown)
     none, shown = report.page([sweep], 1000)
-    assert data(none)["clips"] == [] and shown.startswith("0 of 4 clips") and len(data(none)["cells"]["rows"]) == 6
+    assert (
+        data(none)["clips"] == []
+        and shown.startswith("0 of 4 clips with videos, 0 of 2 pictures (")
+        and len(data(none)["cells"]["rows"]) == 6
+    )
 
 
 def test_nothing_but_damaged_records_is_refused_and_named(tmp_path, capsys):
@@ -93,16 +99,90 @@ def test_a_page_of_ten_thousand_cells_is_small(tmp_path):
     cell(tmp_path, 0, shade=None)
     row = records.read(tmp_path / "record_000.json")
     lines = [
-        json.dumps(row | {"seed": i, "lpips": 1 / (i + 3), "density_effective": 0.1 + i / 1e5}) for i in range(10_000)
+        json.dumps(row | {"cell_id": f"c{i}", "seed": i, "lpips": 1 / (i + 3), "density_effective": 0.1 + i / 1e5})
+        for i in range(10_000)
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     text, _ = report.page([tmp_path / "rows.jsonl"], 20 * 10**6)
     assert len(data(text)["cells"]["rows"]) == 10_000 and len(text) < 4e6
 
 
+def test_clips_come_before_pictures(sweep):
+    (sweep / "0" / "recall.png").write_bytes(bytes(10**5))
+    whole, _ = report.page([sweep], 10**7)
+    text, shown = report.page([sweep], len(whole.encode()) - 1000)
+    assert len(data(text)["clips"]) == 4 and not data(text)["pictures"]
+    assert shown.startswith("4 of 4 clips with videos, 1 of 2 pictures (")
+
+
+def test_a_cell_in_several_folders_counts_once(tmp_path):
+    """A dense cell of every job of a sweep, and a run that was resumed in another folder, not with all its videos."""
+    for name, shades in (("first", (100, 140)), ("second", (None, 140))):
+        for job, shade in enumerate(shades):
+            same = {"timestamp": "2026-01-01T00:00:00+00:00", "shade": shade}
+            cell(tmp_path / name / str(job), 0, sparsity=0.5 + job / 4, cell_id=f"draft{job}", **same)
+            cell(tmp_path / name / str(job), 1, "dense", 0.0, cell_id="dense", **same | {"shade": None})
+    cell(tmp_path / "second" / "0", 2, cell_id="draft0", sparsity=0.5, shade=None, status="failed: out of memory")
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "first" / "0" / "recall.png")
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "second" / "0" / "recall.png")
+    text, shown = report.page([tmp_path / "first", tmp_path / "second"], 10**7)
+    found = data(text)
+    assert shown == "2 of 2 clips with videos, 1 of 1 pictures" and len(found["cells"]["rows"]) == 3
+    assert "failed" not in text.partition('id="data">')[2].partition("</script>")[0]
+    counts = found["means"]["names"].index("n")
+    assert [row[counts] for row in found["means"]["rows"]] == [1, 1, 1]
+
+
+def test_rows_say_what_sets_them_apart(tmp_path):
+    for i, steps in enumerate((0.0, 0.1)):
+        cell(tmp_path, i, dense={"steps": steps, "timestep": None, "layers": 0}, method_settings={"pool": "mean"})
+    for i, top_p in enumerate((0.8, 0.9), 2):
+        settings = {"top_p": top_p, "calibrated": {"value": i}}
+        cell(tmp_path, i, "svg2", 0.0, knob={"top_p": top_p}, method_settings=settings)
+    for i, value in enumerate((1, 2), 4):
+        cell(tmp_path, i, "sta", 0.5, method_settings={"tile": [value, 8], "calibrated": {"value": i}})
+    found = data(report.page([tmp_path], 10**7)[0])
+    for part in ("cells", "means"):
+        at = [found[part]["names"].index(name) for name in ("method", "sparsity", "variant")]
+        assert sorted((tuple(row[i] for i in at) for row in found[part]["rows"]), key=str) == [
+            ("draft", 0.9, "dense.steps=0.0"), ("draft", 0.9, "dense.steps=0.1"),
+            ("sta", 0.5, "tile=[1, 8]"), ("sta", 0.5, "tile=[2, 8]"),
+            ("svg2", "top_p=0.8", ""), ("svg2", "top_p=0.9", ""),
+        ]  # fmt: skip
+
+
+def test_ten_thousand_cells_with_videos_make_a_page_under_its_limit_that_says_what_it_sampled(tmp_path):
+    """Stand-ins: one real MP4 each time, made another file by a box that no player reads."""
+    cell(tmp_path / "one", 0)
+    row = records.read(tmp_path / "one" / "record_000.json")
+    video = (tmp_path / "one" / "000_draft.mp4").read_bytes()
+    for job in range(20):
+        folder = tmp_path / "sweep" / str(job)
+        folder.mkdir(parents=True)
+        Image.new("RGB", (40, 20), (job, 0, 0)).save(folder / "recall.png")
+        for i in range(500):
+            one = row | {"cell_id": f"{job}-{i}", "sparsity": job / 20, "seed": i}
+            (folder / f"record_{i:03}.json").write_text(json.dumps(one))
+            for name in ("dense", "draft"):
+                box = f"{name}{i}{job if name == 'draft' else ''}".encode()  # dense clips are shared
+                (folder / f"{i:03}_{name}.mp4").write_bytes(video + (8 + len(box)).to_bytes(4, "big") + b"free" + box)
+    text, shown = report.page([tmp_path / "sweep"], 20 * 10**6)
+    found = data(text)
+    assert 18e6 < len(text.encode()) <= 20e6 and len(found["cells"]["rows"]) == 10_000
+    count, taken = len(found["clips"]), [found["cells"]["rows"][clip["cell"]] for clip in found["clips"]]
+    assert 1000 < count < 10_000 and shown.startswith(f"{count} of 10000 clips with videos, ")
+    assert re.search(
+        r" of 20 pictures \(the page is at most 20 MB; clips come first, taken in turn from every method", shown
+    )
+    assert found["shown"] == shown
+    level, seed = (found["cells"]["names"].index(name) for name in ("sparsity", "seed"))
+    each = [sum(row[level] == job / 20 for row in taken) for job in range(20)]
+    assert max(each) - min(each) <= 1 and max(row[seed] for row in taken) < max(each) + 1
+
+
 def test_the_first_clip_of_every_method_comes_before_the_second_of_any(sweep):
-    found = [(path, row) for path in records.files([sweep]) for row in records.parse(path)]
-    clips = report._in_turn(filter(None, (report._clip(i, *pair) for i, pair in enumerate(found))))
+    found = [(path, row | {"variant": ""}) for path in records.files([sweep]) for row in records.parse(path)]
+    clips = report._in_turn(report._clips(found, [row for _, row in found]))
     assert [(clip["group"][1], clip["order"][1]) for clip in clips] == [
         ("draft", 0),
         ("sta", 0),
@@ -126,13 +206,39 @@ def test_bad_input_is_a_line(arguments, message, tmp_path, monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="needs `pip install playwright`")
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
     with playwright.sync_playwright() as driver:
+        own = driver.chromium.executable_path  # of `playwright install chromium`, whether or not it is there
+        path = next(filter(None, map(shutil.which, (*BROWSERS, own))), None)
+        if path is None:
+            pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed, nor Playwright's own Chromium")
         browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        page = browser.new_page()
+        plays = page.evaluate("""document.createElement("video").canPlayType('video/mp4; codecs="avc1.42E01E"')""")
+        page.close()
+        if not plays:
+            browser.close()
+            pytest.skip(f"{path} cannot play H.264")
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def screenshot(request):
+    """Saves what a page or a part of it shows as NAME.png, if --screenshots=FOLDER is given."""
+
+    def save(shown, name, **options):
+        if folder := request.config.getoption("--screenshots"):
+            shown.screenshot(path=Path(folder) / f"{name}.png", **options)
+
+    return save
+
+
+@pytest.fixture
+def settings(sweep):
+    """Cells beside those of `sweep` that differ in their warm-up, or whose own knob is given."""
+    for i, steps in enumerate((0.0, 0.1)):
+        cell(sweep / "4", i, "svg", 0.75, dense={"steps": steps, "timestep": None, "layers": 0}, shade=140 + 10 * i)
+    cell(sweep / "4", 2, "svg2", 0.0, knob={"top_p": 0.9}, shade=160)
 
 
 @pytest.fixture
@@ -173,7 +279,7 @@ def check_seen(page, frame, method=100, dense=60, gain=4):
         assert time.monotonic() < end, (found, expected)
 
 
-def test_it_steps_frame_by_frame_and_shows_the_difference(opened):
+def test_it_steps_frame_by_frame_and_shows_the_difference(opened, screenshot):
     wait_for_frame(opened, 1)
     check_seen(opened, 0)
     for number in (1, 2, 3):
@@ -183,6 +289,7 @@ def test_it_steps_frame_by_frame_and_shows_the_difference(opened):
     opened.click("#back")
     wait_for_frame(opened, 3)
     check_seen(opened, 2)
+    screenshot(opened.locator("#clips"), "player")
     opened.select_option("#gain", "0")
     check_seen(opened, 2, gain=1)
     opened.focus("#player")
@@ -235,6 +342,22 @@ def test_another_method_and_another_clip(opened):
     opened.wait_for_function("() => document.getElementById('name').textContent === 'draft at 90%'")
 
 
+@pytest.mark.usefixtures("settings")
+def test_settings_and_knobs_are_told_apart(opened):
+    wait_for_frame(opened, 1)
+    assert opened.locator("#method option").all_inner_texts() == [
+        "draft at 90%", "sta at 50%", "svg at 75%, dense.steps=0.0", "svg at 75%, dense.steps=0.1", "svg2 at top_p=0.9"
+    ]  # fmt: skip
+    opened.select_option("#method", "svg at 75%, dense.steps=0.1")
+    wait_for_frame(opened, 1)
+    check_seen(opened, 0, method=150)
+    opened.click("#means th button:has-text('sparsity')")
+    asked = opened.locator("#means tbody td:nth-child(3)").all_inner_texts()
+    assert asked == ["0", "0.5", "0.75", "0.75", "0.9", "top_p=0.9"]
+    assert opened.locator("#means th").nth(3).inner_text() == "setting"
+    assert "dense.steps=0.1" in opened.locator("#cells tbody tr", has_text="dense.steps=0.1").inner_text()
+
+
 def test_it_sorts_and_filters(opened):
     def column():
         return opened.locator("#cells tbody tr td:nth-child(6)").all_inner_texts()
@@ -251,11 +374,14 @@ def test_it_sorts_and_filters(opened):
     assert "failed: out of memory </script><b>" in opened.inner_text("#cells tbody")
 
 
-def test_it_is_light_and_dark_and_fits_a_narrow_window(opened):
+@pytest.mark.usefixtures("settings")
+def test_it_is_light_and_dark_and_fits_a_narrow_window(opened, screenshot):
+    wait_for_frame(opened, 1)
     shades = []
     for scheme in ("light", "dark"):
         opened.emulate_media(color_scheme=scheme)
         shades.append(opened.evaluate("getComputedStyle(document.body).backgroundColor"))
+        screenshot(opened, scheme, full_page=True)
     assert shades == ["rgb(247, 247, 245)", "rgb(23, 24, 26)"]
     opened.click("#theme")
     assert opened.evaluate("getComputedStyle(document.body).backgroundColor") == shades[0]

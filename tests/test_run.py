@@ -368,6 +368,122 @@ def test_diagnostics_have_a_row_for_each_active_call(job):
         assert math.isclose(found["mean"][name], sum(values) / 3)
 
 
+SHOWN = {f"00{number}_{name}" for number in (0, 1) for name in ("dense.mp4", "draft.mp4", "side_by_side.png")}
+DIAGNOSED = {"diagnostics.json", "recall.png", "maps.png", "kept_over_frames.png"}
+ALL = ("videos=true", "diagnostics=true", "seeds=[0,1]", "batch=1")
+
+
+def shown(folder):
+    return {path.name for path in folder.iterdir() if not path.name.startswith("record")}
+
+
+@pytest.fixture
+def probed(monkeypatch):
+    """The spot of every run of diagnostics."""
+    seen, original = [], run.Job.diagnose
+    monkeypatch.setattr(run.Job, "diagnose", lambda self, spot: seen.append(spot) or original(self, spot))
+    return seen
+
+
+def test_a_second_folder_has_all_that_the_first_has(job, generated, probed):
+    rows = job(*ALL)
+    first, _ = job.folder, generated.clear()
+    assert job(*ALL) == rows and job.folder != first
+    assert not generated and len(probed) == 1 and shown(job.folder) == SHOWN | DIAGNOSED
+    assert all((job.folder / name).read_bytes() == (first / name).read_bytes() for name in SHOWN | DIAGNOSED)
+    (row,) = job("videos=true", "diagnostics=true", "seeds=[1]", "batch=1")  # its number is another one here
+    assert row == rows[1] and not generated and (job.folder / "record.json").exists()
+    assert (job.folder / "000_draft.mp4").read_bytes() == (first / "001_draft.mp4").read_bytes()
+    assert len(probed) == 2 and json.loads((job.folder / "diagnostics.json").read_text())["seed"] == 1
+
+
+def test_the_dense_timing_comes_with_a_finished_cell_unless_it_is_of_another_run(job):
+    (row,) = job("latency.enabled=true")
+    first = job.folder / "baseline.json"
+    job("latency.enabled=true")
+    assert records.read(job.folder / "baseline.json")["baseline_id"] == row["baseline_id"]
+    records.write(records.read(first) | {"baseline_id": "another"}, first)
+    job("latency.enabled=true")
+    assert not (job.folder / "baseline.json").exists()
+
+
+def test_files_are_copied_where_they_cannot_be_linked(job, monkeypatch):
+    job(*ALL)
+    first = job.folder
+
+    def refuse(*_):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(run.os, "link", refuse)
+    job(*ALL)
+    for name in SHOWN | DIAGNOSED:
+        assert (job.folder / name).read_bytes() == (first / name).read_bytes()
+        assert not (job.folder / name).samefile(first / name)
+
+
+@pytest.mark.parametrize(
+    "name", ["000_dense.mp4", "001_draft.mp4", "001_side_by_side.png", "diagnostics.json", "maps.png"]
+)
+def test_what_was_deleted_is_made_again_and_nothing_else(configured, tmp_path, generated, probed, name):
+    config = configured(*ALL)
+    run.job(config, tmp_path / "out")
+    generated.clear()
+    (tmp_path / "out" / name).unlink()
+    run.job(config, tmp_path / "out")
+    assert shown(tmp_path / "out") == SHOWN | DIAGNOSED
+    assert [seeds for _, seeds, _ in generated] == ([(int(name[2]),)] if name in SHOWN else [])
+    assert len(probed) == 1 + (name in DIAGNOSED or name[2] == "0")
+
+
+def test_without_videos_none_are_missed(job, generated):
+    rows = job("seeds=[0,1]")
+    generated.clear()
+    assert job("seeds=[0,1]") == rows and not generated and not shown(job.folder)
+
+
+def test_maps_of_another_head_are_drawn_once(configured, tmp_path, probed):
+    for folder, head in (("a", 0), ("a", 0), ("b", 1), ("b", 1)):
+        run.job(configured("diagnostics=true", f"maps.head={head}"), tmp_path / folder)
+    assert [spot.head for spot in probed] == [0, 1]
+    notes = [json.loads((tmp_path / folder / "diagnostics.json").read_text()) for folder in "ab"]
+    assert [note["spot"]["head"] for note in notes] == [0, 1]
+
+
+def test_a_run_that_is_killed_while_it_shows_a_clip_shows_it_the_next_time(configured, tmp_path, monkeypatch):
+    config = configured(*ALL)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run.media, "side_by_side", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        run.job(config, tmp_path / "out")
+    assert [row["status"] for row in records.read_all([tmp_path / "out"])] == ["ok", run.UNFINISHED]
+    run.job(config, tmp_path / "out")
+    assert shown(tmp_path / "out") == SHOWN | DIAGNOSED
+
+
+def test_stale_videos_of_a_number_are_no_other_cells(configured, tmp_path, monkeypatch):
+    """A folder used for one setting and then, killed before it showed its clip, for another."""
+    one, other = (configured("videos=true", f"sparsity={level}") for level in (0.5, 0.9))
+    run.job(one, tmp_path / "out")
+    old = (tmp_path / "out" / "000_draft.mp4").read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run.Job, "show", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        run.job(other, tmp_path / "out")
+    run.job(other, tmp_path / "out")
+    assert (tmp_path / "out" / "000_draft.mp4").read_bytes() != old
+
+
+@pytest.mark.parametrize("part", ["draw_recall", "draw_frames"])
+def test_a_run_that_is_killed_in_its_diagnostics_has_them_the_next_time(
+    configured, tmp_path, generated, probed, monkeypatch, part
+):
+    config = configured(*ALL)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run.heatmaps, part, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        run.job(config, tmp_path / "out")
+    generated.clear()
+    run.job(config, tmp_path / "out")
+    assert not generated and len(probed) == 2 and shown(tmp_path / "out") == SHOWN | DIAGNOSED
+
+
 def test_no_diagnostics_of_dense(job):
     job("method=dense", "diagnostics=true")
     assert not (job.folder / "diagnostics.json").exists()

@@ -52,6 +52,13 @@ def test_table_mixes_neither_warm_ups_nor_weights():
     assert "dense.steps=0.25" in text and "dense.layers" not in text
 
 
+def test_table_shows_a_knob_in_place_of_the_sparsity():
+    rows = [row("svg2", 0.0, knob={"top_p": p}, method_settings={"top_p": p}) for p in (0.8, 0.9)]
+    lines = [line.split() for line in summary.table(rows).splitlines()]
+    assert [line[:4] for line in lines[2:]] == [["pocket", "svg2", f"top_p={p}", "1"] for p in (0.8, 0.9)]
+    assert summary.table(rows).count("top_p") == 2
+
+
 def test_table_lists_what_failed():
     text = summary.table([row(), row(status="failed: out of memory", seed=3)])
     assert text.endswith("failed: out of memory (pocket draft sparsity 0.9, prompt 'turn left', seed 3)")

@@ -1,6 +1,7 @@
 """Tables from records: intervals, paired contrasts, warm-ups, ranks, what may not be mixed, and the committed ones."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -272,8 +273,11 @@ def test_diagnostics_are_promoted_and_shown(tmp_path):
     run.mkdir()
     records.write(row(), run / "record.json")
     note = {"method": "draft", "sparsity": 0.5, "prompt": "a", "seed": 3, "mean": {"error": 0.25, "mass": 0.75}}
-    (run / "diagnostics.json").write_text(json.dumps(note))
-    source = records.promote([run], "some", tmp_path / "in", allow_dirty=True)
+    (run / "diagnostics.json").write_text(json.dumps(note | {"cell_id": "c"}))
+    (tmp_path / "resumed").mkdir()
+    shutil.copy(run / "diagnostics.json", tmp_path / "resumed")
+    source = records.promote([run, tmp_path / "resumed"], "some", tmp_path / "in", allow_dirty=True)
+    assert len(json.loads(source.with_suffix(".diagnostics.json").read_text())) == 1
     config = tables._configured([])
     text = tables.page(source, records.read_all([source]), config).markdown()
     assert text.startswith(markdown([row()], "some"))

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from draftbench import media, records, tracking
+from draftbench import media, records, run, tracking
 
 
 def rows():
@@ -49,6 +49,17 @@ def test_offline_runs_are_read_back(tmp_path, monkeypatch):
     ]  # fmt: skip
     assert "pocket/draft@0.9/psnr_db" in inspect(sweep) and "pocket/dense@0.0/psnr_db" in inspect(sweep)
     assert all(b"a-group" in next(folder.glob("*.wandb")).read_bytes() for folder in (run, sweep))
+
+
+def test_heat_maps_go_up_without_videos(configured, tmp_path):
+    """And an MP4 that lies in the folder does not."""
+    media.write_video(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), tmp_path / "run" / "old.mp4", 8)
+    run.job(configured("tracking=offline", "diagnostics=true", "videos=false"), tmp_path / "run")
+    (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    summary = dict(line.split(maxsplit=1) for line in inspect(folder).splitlines() if line.startswith("  "))
+    sent = {name for name, value in summary.items() if value.startswith(("image-file", "video-file"))}
+    assert sent == {"recall", "maps", "kept_over_frames"}
+    assert len(list(folder.rglob("*.png"))) == 3 and not list(folder.rglob("*.mp4"))
 
 
 def test_disabled_does_not_import_wandb(tmp_path):
