@@ -173,3 +173,33 @@ def test_two_sweeps_on_one_folder_and_a_record_that_was_cut(tmp_path, command):
     assert len(found) == 4 and {row["status"] for row in found} == {"ok"}
     table = (tmp_path / "out" / "table.txt").read_text()
     assert [line.split()[1:4] for line in table.splitlines()[2:]] == [["draft", "0.5", "2"], ["draft", "0.9", "2"]]
+
+
+MORTAL = """
+import os, signal
+from draftbench.methods.draft import Draft
+def plan(self, *arguments, original=Draft.plan):
+    if self.sparsity == 0.5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, *arguments)
+Draft.plan = plan
+"""
+
+
+def test_a_job_killed_under_joblib_is_a_record_with_its_reason_and_the_others_go_on(tmp_path, command):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    (tmp_path / "faults").mkdir()
+    (tmp_path / "faults" / "sitecustomize.py").write_text(MORTAL)
+    argv = command("-m", "launcher=joblib", "sparsity=0.5,0.75,0.9", "latency.enabled=false", "hydra.sweep.dir=out")
+    broken = settings() | {"PYTHONPATH": f"{tmp_path}/faults"}
+    first = subprocess.run(argv, env=broken, cwd=tmp_path, capture_output=True, text=True)
+    before = {row["sparsity"]: row for row in records.read_all([tmp_path / "out"])}
+    statuses = {level: row["status"] for level, row in before.items()}
+    assert first.returncode == 1 and statuses == {0.5: run.UNFINISHED, 0.75: "ok", 0.9: "ok"}, first.stderr
+    assert "draftbench: job 0 (" in first.stderr and "ended without a result, killed: SIGKILL" in first.stderr
+    assert "1 of 3 cells failed; the same command runs those and what is missing\n" in first.stderr
+
+    again = subprocess.run(argv, env=settings(), cwd=tmp_path, capture_output=True, text=True)
+    rows = {row["sparsity"]: row for row in records.read_all([tmp_path / "out"])}
+    assert again.returncode == 0 and {row["status"] for row in rows.values()} == {"ok"}, again.stderr
+    assert all(rows[level] == before[level] for level in (0.75, 0.9))
