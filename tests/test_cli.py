@@ -81,6 +81,8 @@ def test_normalise():
     assert cli.normalise(["+method=a,b", "+experiment=x", "+model=choice(a,b)"], groups) == [
         "method=a,b", "experiment=x", "model=choice(a,b)",
     ]  # fmt: skip
+    launchers = ["hydra/launcher=joblib", "hydra/launcher=basic", "hydra/launcher=joblib_of_mine"]
+    assert cli.normalise(launchers, [*groups, "launcher"]) == ["launcher=joblib", *launchers[1:]]
 
 
 def test_groups_are_those_of_the_defaults_list():
@@ -409,8 +411,11 @@ def test_a_launcher_without_its_plugin_is_refused(jobs, capsys, monkeypatch):
     assert error == "launcher=submitit_slurm needs its plugin: pip install 'draftbench[submitit]'" and not jobs
 
 
-def test_slurms_config_is_one_that_its_launcher_takes():
+@pytest.mark.parametrize("launcher", ["launcher", "+launcher", "hydra/launcher"])
+def test_slurms_config_is_one_that_its_launcher_takes_in_every_spelling(launcher):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    argv = cli.normalise([f"{launcher}=submitit_slurm", "hydra.launcher.partition=gpu"], cli.groups())
     with cli._configs():
-        config = cli.hydra.compose("config", ["launcher=submitit_slurm", "hydra.launcher.partition=gpu"], True)
+        config = cli.hydra.compose("config", argv, True)
+    assert config.hydra.launcher.timeout_min == 1440 and config.hydra.launcher.partition == "gpu"
     assert config.hydra.launcher._target_.endswith(".SlurmLauncher") and config.hydra.launcher.gpus_per_node == 1
