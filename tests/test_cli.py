@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -124,6 +125,35 @@ def test_experiment_in_both_spellings(jobs, experiment):
     params = {name: config.hydra.sweeper.params for name, config in configs.items()}
     assert (params["hunyuan_video"].sparsity, params["hunyuan_video"]["dense.layers"]) == ("0.6,0.8,0.9", "2")
     assert params["pocket_large"].sparsity == "0.55,0.6,0.75,0.8,0.9"
+
+
+def planned(*overrides):
+    """(name, sparsity, method) of every job of a sweep, checked with the real model."""
+    argv = cli.get_args_parser().parse_intermixed_args([*overrides, "device=cpu", "hydra.sweep.dir=out", "cache=cache"])
+    methods = [schema.method(config) for config in cli.plan(argv, argv.overrides).configs]
+    return [(Path(sys.modules[type(method).__module__].__file__).stem, method.sparsity, method) for method in methods]
+
+
+def test_the_field_is_every_method_and_each_cell_can_run(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    grid = {name: planned(f"experiment={name}") for name in ("field", "field_most", "field_controls")}
+    assert {name: len(cells) for name, cells in grid.items()} == {"field": 48, "field_most": 9, "field_controls": 3}
+    methods = [method for cells in grid.values() for method in {name for name, *_ in cells}]
+    assert sorted(methods) == sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+    for name in ("jenga", "re_ttention", "efficient_vdit"):  # why they are apart
+        with pytest.raises(ExceptionGroup) as error:
+            planned("experiment=field", f"method={name},draft", "sparsity=0.95")
+        assert "reach" in cli.message(error.value) and "calibrate" not in cli.message(error.value)
+
+
+def test_the_fields_own_knobs_are_taken(monkeypatch, tmp_path):
+    """Those of the comment in its file."""
+    monkeypatch.chdir(tmp_path)
+    rows = re.findall(r"'(\w+) (method\.\w+=[\d.]+)'", (CONF / "experiment" / "field.yaml").read_text())
+    assert len(rows) == 6
+    for name, knob in rows:
+        ((method, sparsity, made),) = planned("experiment=field", "sparsity=0", f"method={name}", knob)
+        assert (method, sparsity) == (name, 0) and set(made.given.values()) == {float(knob.partition("=")[2])}
 
 
 def test_sweep(jobs, capsys):
