@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from omegaconf import OmegaConf
 
 import draftbench
 from draftbench import cli, records, schema
@@ -125,6 +126,23 @@ def test_experiment_in_both_spellings(jobs, experiment):
     params = {name: config.hydra.sweeper.params for name, config in configs.items()}
     assert (params["hunyuan_video"].sparsity, params["hunyuan_video"]["dense.layers"]) == ("0.6,0.8,0.9", "2")
     assert params["pocket_large"].sparsity == "0.55,0.6,0.75,0.8,0.9"
+
+
+def test_the_papers_table_is_made_by_the_commands_in_the_experiments_file():
+    text = (CONF / "experiment" / "draft_table1.yaml").read_text()
+    paper = OmegaConf.load(CONF / "paper" / "draft_attention.yaml")
+    made = {}
+    for line in re.findall(r"#   python -m draftbench (.*)", text):
+        command, _, setup = line.partition("   ")
+        with cli._configs():
+            config = cli.hydra.compose("config", command.split(), True)
+        if setup.strip() in paper.setups:
+            model, params = config.model, config.hydra.sweeper.params
+            grid = [(model.frames - 1) // 4 + 1, model.height // 16, model.width // 16]
+            layers = int(params["dense.layers"])
+            made[setup.strip()] = {"model": model.name, "grid": grid, "dense_layers": layers}
+            assert (model.steps, config.dense.steps) == (paper.steps, paper.dense_steps)
+    assert made == OmegaConf.to_container(paper.setups)
 
 
 def planned(*overrides):
