@@ -3,10 +3,12 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,6 +86,18 @@ def test_bad_input_is_refused_in_a_line_or_two(arguments, message, tmp_path, com
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.startswith(f"draftbench: {message}") and done.stderr.count("\n") <= 2
     assert "Traceback" not in done.stderr and not (tmp_path / "outputs").exists()
+
+
+def test_every_test_in_the_list_of_faults_is_there():
+    tests = Path(__file__).parent
+    lines = (tests.parent / "results" / "logs" / "faults.md").read_text().splitlines()
+    faults = [line for line in lines if line.startswith("| ")][1:]
+    assert len(faults) > 10
+    for line in faults:
+        named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", line.split(" | ")[1])
+        assert named, line
+        for file, name in named:
+            assert f"\ndef {name}(" in (tests / file).read_text(), name
 
 
 def test_a_full_disk_names_the_path_and_keeps_what_was_written(configured, tmp_path, monkeypatch):
