@@ -70,6 +70,8 @@ def _joblib(lost: list[str]) -> Iterator[None]:
         yield
         return
 
+    started: list[Any] = []
+
     def parallel(n_jobs: int, **settings: Any) -> Callable[[Iterable[tuple[Any, ...]]], list[Any]]:
         # joblib's own processes would get this share of the cores too
         threads = str(max(1, cpu_count() // effective_n_jobs(n_jobs)))
@@ -77,6 +79,7 @@ def _joblib(lost: list[str]) -> Iterator[None]:
 
         def alone(execute: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
             with ProcessPoolExecutor(max_workers=1, env=environment) as process:
+                started.append(process)
                 try:
                     return process.submit(execute, *arguments, **keywords).result()
                 except TerminatedWorkerError as error:
@@ -93,6 +96,8 @@ def _joblib(lost: list[str]) -> Iterator[None]:
         yield
     finally:
         _core.Parallel = original
+        for process in started:  # all have ended, unless the sweep is interrupted
+            process.shutdown(wait=False, kill_workers=True)
 
 
 def _finished(job: submitit.SlurmJob[Any]) -> bool:

@@ -217,3 +217,24 @@ def test_a_job_killed_under_joblib_is_a_record_with_its_reason_and_the_others_go
     rows = {row["sparsity"]: row for row in records.read_all([tmp_path / "out"])}
     assert again.returncode == 0 and {row["status"] for row in rows.values()} == {"ok"}, again.stderr
     assert all(rows[level] == before[level] for level in (0.75, 0.9))
+
+
+def test_an_interrupted_sweep_under_joblib_ends_the_jobs_that_run(tmp_path, command):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    (tmp_path / "sitecustomize.py").write_text(MORTAL.replace("os.kill(os.getpid(), signal.SIGKILL)", "signal.pause()"))
+    argv = command("-m", "launcher=joblib", "sparsity=0.5,0.9", "latency.enabled=false", "hydra.sweep.dir=out")
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(
+            argv, cwd=tmp_path, env=settings() | {"PYTHONPATH": str(tmp_path)}, stdout=log, stderr=log
+        )
+        try:
+            end = time.monotonic() + 100
+            while not (tmp_path / "out" / "0" / "record.json").exists():  # that of a job that has begun
+                assert process.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()
+                time.sleep(0.1)
+            process.send_signal(signal.SIGINT)  # to it alone, as by kill, and not to its jobs as from a terminal
+            assert process.wait(60) == 130
+        finally:
+            process.kill()
+            process.wait()
+    assert "interrupted; what is finished is in out" in (tmp_path / "log").read_text()
