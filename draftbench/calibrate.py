@@ -167,20 +167,20 @@ def calibrate(config: DictConfig, sparsities: Sequence[float]) -> Path:
             raise ValueError("every call is dense, so there is nothing to search")
         return session.losses()
 
+    for sparsity in list(wanted):
+        try:
+            method.reach(model.grid, sparsity)
+        except OutOfReach as error:
+            wanted.remove(sparsity)
+            beyond.append(str(error))
+    if not wanted:
+        raise OutOfReach("; ".join(beyond))
+    for reason in beyond:  # before the long generations
+        print(f"draftbench: left out: {reason}", file=sys.stderr)
     if isinstance(method, Knobbed):
         known = {row["value"]: row["achieved"] for row in rows}
         find = functools.partial(solve, measure, ends=method.ends, known=known)
     elif isinstance(method, Searched):
-        for sparsity in list(wanted):
-            try:
-                method.reach(model.grid, sparsity)
-            except OutOfReach as error:
-                wanted.remove(sparsity)
-                beyond.append(str(error))
-        if not wanted:
-            raise OutOfReach("; ".join(beyond))
-        for reason in beyond:  # before the long generation
-            print(f"draftbench: left out: {reason}", file=sys.stderr)
         find = functools.partial(pick, method, searched(), model.grid)
     else:
         raise TypeError(f"{type(method).__name__} must be Knobbed or Searched")

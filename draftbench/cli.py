@@ -59,9 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def normalise(argv: list[str], groups: list[str]) -> list[str]:
     """Rewrite `+group=x` to `group=x`, for both spellings to work; `+group.key=v` and `+group={...}` stay as they are.
 
-    Hydra refuses the plus for a group that is in the defaults list already.
+    Hydra refuses the plus for a group that is in the defaults list already. `hydra/launcher=x` becomes `launcher=x`
+    where there is a config of ours, which chooses Hydra's and sets its keys.
     """
     pattern = re.compile(rf"\+({'|'.join(map(re.escape, groups))})=(?!\s*\{{)")
+    if "launcher" in groups:
+        ours = {file.name.removesuffix(".yaml") for file in (files(CONFIGS) / "launcher").iterdir()}
+        argv = [re.sub(rf"^\+?hydra/launcher=({'|'.join(ours)})$", r"launcher=\1", argument) for argument in argv]
     return [pattern.sub(r"\1=", argument, count=1) if pattern.match(argument) else argument for argument in argv]
 
 

@@ -83,10 +83,14 @@ class Calibrated(Method):
         own = Path(str(files("draftbench.conf"))) / "calibration" / f"{name(self)}.yaml"
         return Path(self.calibration).expanduser() if self.calibration else own
 
+    def reach(self, grid: tuple[int, int, int], sparsity: float) -> None:
+        """Raise OutOfReach if no calibration can meet the sparsity at this grid, as far as the grid alone tells."""
+
     def meet(self, model: Model, parts: DenseParts) -> None:
-        """See `Method.meet`: read the value for this model, or raise Uncalibrated that names the command."""
+        """See `Method.meet`: read the value for this model, or raise OutOfReach, or Uncalibrated with the command."""
         if not self.asked or self.sparsity == 0:
             return
+        self.reach(model.grid, self.sparsity)
         what = identity(model, parts)
         for entry in read(self.path):
             if entry["of"] == what and entry["method"] == settings(self):
@@ -145,19 +149,13 @@ class Searched(Calibrated):
         raise NotImplementedError
 
     def reach(self, grid: tuple[int, int, int], sparsity: float) -> None:
-        """Raise OutOfReach if no choice of masks can meet the sparsity at this grid, whatever their losses."""
+        """See `Calibrated.reach`: what no choice of masks can meet, whatever their losses."""
         drops = [1 - density for density in self.options(grid, sparsity).values()]
         if not min(drops) - FARTHEST <= sparsity <= max(drops) + FARTHEST:
             raise OutOfReach(
                 f"sparsity={sparsity:g} is out of reach of {name(self)} at {'x'.join(map(str, grid))}, "
                 f"where its masks drop {min(drops):.3f} to {max(drops):.3f}"
             )
-
-    def meet(self, model: Model, parts: DenseParts) -> None:
-        """See `Calibrated.meet`; OutOfReach for what no calibration can find."""
-        if self.asked and self.sparsity != 0:
-            self.reach(model.grid, self.sparsity)
-        super().meet(model, parts)
 
     def pick(self, losses: Losses, grid: tuple[int, int, int], sparsity: float) -> tuple[Any, float]:
         """(What `found` will hold, the mean density that it keeps) from the losses of all its options."""

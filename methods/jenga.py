@@ -8,13 +8,14 @@ block that is not whole is pooled over its own tokens. Jenga's other parts (fewe
 no attention and are left out.
 
 Its knob here is p, the original's .3 beside a drop of .75. `sparsity` means one calibrated p and no drop: then the
-cumulative rule alone decides. The neighbours remain, so a sparsity that they rule out cannot be calibrated; with
-`neighbours: false` it can.
+cumulative rule alone decides. The neighbours remain, so a sparsity that they rule out is refused; with
+`neighbours: false` it can be calibrated.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from ..attention import Call, Plan
 from ..kernels.select import draft_map, keep_share, plan_from_mask, pool
-from ..knob import Knobbed
+from ..knob import FARTHEST, Knobbed, OutOfReach
 from ..layout import Box, Index, even_sizes
 
 Vector = tuple[int, int, int]
@@ -39,6 +40,16 @@ class Jenga(Knobbed):
     neighbours: bool = True
     block: int = 128
     knob: ClassVar[str] = "p"
+
+    def reach(self, grid: Vector, sparsity: float) -> None:
+        """See `Calibrated.reach`: the neighbours are always kept."""
+        sizes = even_sizes(math.prod(grid), self.block, torch.device("cpu")).double()
+        kept = sizes @ adjacent(grid, self.block, sizes.device).double() @ sizes / sizes.sum() ** 2
+        if self.neighbours and sparsity > 1 - kept + FARTHEST:
+            raise OutOfReach(
+                f"sparsity={sparsity:g} is out of reach of jenga at {'x'.join(map(str, grid))}, where its neighbours "
+                f"alone keep {kept:.3f}; method.neighbours=false leaves them out"
+            )
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Plan:
         """See `Method.plan`."""

@@ -124,16 +124,20 @@ def test_a_search_tries_every_mask_on_the_dense_trajectory(configured, tmp_path,
 
 
 @pytest.mark.parametrize(  # the diagonal of 5 frames keeps a fifth
-    ("name", "drop"), [("sta_searched", "drop 0"), ("efficient_vdit", "drop 0.000 to 0.800")]
+    ("name", "why"),
+    [
+        ("sta_searched", "masks drop 0"),
+        ("efficient_vdit", "masks drop 0.000 to 0.800"),
+        ("jenga", r"neighbours alone keep 0.\d+; method.neighbours=false leaves them out"),
+    ],
 )
-def test_what_no_search_can_meet_is_said_to_be_out_of_reach(configured, tmp_path, monkeypatch, name, drop):
+def test_what_no_calibration_can_meet_is_said_to_be_out_of_reach(configured, tmp_path, monkeypatch, name, why):
     """By a run, in place of a call to calibrate, and by calibrate before it generates anything."""
     config = configured(f"method={name}", f"method.calibration={tmp_path}/found.yaml", "sparsity=0.99")
     monkeypatch.setattr(calibrate, "Search", None)
+    monkeypatch.setattr(calibrate, "Session", None)
     for attempt in (lambda: run.job(config, tmp_path / "run"), lambda: calibrate.calibrate(config, [0.98, 0.99])):
-        with pytest.raises(
-            OutOfReach, match=rf"sparsity=0.99 is out of reach of {name} at 5x8x12, where its masks {drop}"
-        ):
+        with pytest.raises(OutOfReach, match=rf"sparsity=0.99 is out of reach of {name} at 5x8x12, where its {why}"):
             attempt()
 
 

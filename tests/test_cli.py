@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from omegaconf import OmegaConf
 
 import draftbench
 from draftbench import cli, records, schema
@@ -81,6 +83,8 @@ def test_normalise():
     assert cli.normalise(["+method=a,b", "+experiment=x", "+model=choice(a,b)"], groups) == [
         "method=a,b", "experiment=x", "model=choice(a,b)",
     ]  # fmt: skip
+    launchers = ["hydra/launcher=joblib", "hydra/launcher=basic", "hydra/launcher=joblib_of_mine"]
+    assert cli.normalise(launchers, [*groups, "launcher"]) == ["launcher=joblib", *launchers[1:]]
 
 
 def test_groups_are_those_of_the_defaults_list():
@@ -122,6 +126,52 @@ def test_experiment_in_both_spellings(jobs, experiment):
     params = {name: config.hydra.sweeper.params for name, config in configs.items()}
     assert (params["hunyuan_video"].sparsity, params["hunyuan_video"]["dense.layers"]) == ("0.6,0.8,0.9", "2")
     assert params["pocket_large"].sparsity == "0.55,0.6,0.75,0.8,0.9"
+
+
+def test_the_papers_table_is_made_by_the_commands_in_the_experiments_file():
+    text = (CONF / "experiment" / "draft_table1.yaml").read_text()
+    paper = OmegaConf.load(CONF / "paper" / "draft_attention.yaml")
+    made = {}
+    for line in re.findall(r"#   python -m draftbench (.*)", text):
+        command, _, setup = line.partition("   ")
+        with cli._configs():
+            config = cli.hydra.compose("config", command.split(), True)
+        if setup.strip() in paper.setups:
+            model, params = config.model, config.hydra.sweeper.params
+            grid = [(model.frames - 1) // 4 + 1, model.height // 16, model.width // 16]
+            layers = int(params["dense.layers"])
+            made[setup.strip()] = {"model": model.name, "grid": grid, "dense_layers": layers}
+            assert (model.steps, config.dense.steps) == (paper.steps, paper.dense_steps)
+    assert made == OmegaConf.to_container(paper.setups)
+
+
+def planned(*overrides):
+    """(name, sparsity, method) of every job of a sweep, checked with the real model."""
+    argv = cli.get_args_parser().parse_intermixed_args([*overrides, "device=cpu", "hydra.sweep.dir=out", "cache=cache"])
+    methods = [schema.method(config) for config in cli.plan(argv, argv.overrides).configs]
+    return [(Path(sys.modules[type(method).__module__].__file__).stem, method.sparsity, method) for method in methods]
+
+
+def test_the_field_is_every_method_and_each_cell_can_run(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    grid = {name: planned(f"experiment={name}") for name in ("field", "field_most", "field_controls")}
+    assert {name: len(cells) for name, cells in grid.items()} == {"field": 48, "field_most": 9, "field_controls": 3}
+    methods = [method for cells in grid.values() for method in {name for name, *_ in cells}]
+    assert sorted(methods) == sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+    for name in ("jenga", "re_ttention", "efficient_vdit"):  # why they are apart
+        with pytest.raises(ExceptionGroup) as error:
+            planned("experiment=field", f"method={name},draft", "sparsity=0.95")
+        assert "reach" in cli.message(error.value) and "calibrate" not in cli.message(error.value)
+
+
+def test_the_fields_own_knobs_are_taken(monkeypatch, tmp_path):
+    """Those of the comment in its file."""
+    monkeypatch.chdir(tmp_path)
+    rows = re.findall(r"'(\w+) (method\.\w+=[\d.]+)'", (CONF / "experiment" / "field.yaml").read_text())
+    assert len(rows) == 6
+    for name, knob in rows:
+        ((method, sparsity, made),) = planned("experiment=field", "sparsity=0", f"method={name}", knob)
+        assert (method, sparsity) == (name, 0) and set(made.given.values()) == {float(knob.partition("=")[2])}
 
 
 def test_sweep(jobs, capsys):
@@ -409,8 +459,11 @@ def test_a_launcher_without_its_plugin_is_refused(jobs, capsys, monkeypatch):
     assert error == "launcher=submitit_slurm needs its plugin: pip install 'draftbench[submitit]'" and not jobs
 
 
-def test_slurms_config_is_one_that_its_launcher_takes():
+@pytest.mark.parametrize("launcher", ["launcher", "+launcher", "hydra/launcher"])
+def test_slurms_config_is_one_that_its_launcher_takes_in_every_spelling(launcher):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    argv = cli.normalise([f"{launcher}=submitit_slurm", "hydra.launcher.partition=gpu"], cli.groups())
     with cli._configs():
-        config = cli.hydra.compose("config", ["launcher=submitit_slurm", "hydra.launcher.partition=gpu"], True)
+        config = cli.hydra.compose("config", argv, True)
+    assert config.hydra.launcher.timeout_min == 1440 and config.hydra.launcher.partition == "gpu"
     assert config.hydra.launcher._target_.endswith(".SlurmLauncher") and config.hydra.launcher.gpus_per_node == 1

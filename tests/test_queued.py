@@ -24,12 +24,17 @@ def job(config, folder, group=None):
 """
 
 
-def test_a_killed_job_ends_neither_the_others_nor_the_wait(monkeypatch, tmp_path, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "stand_in.py").write_text(JOB)
-    (tmp_path / "sitecustomize.py").write_text("import sys, stand_in\nsys.modules['draftbench.run'] = stand_in\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+def stand_in(monkeypatch, folder):
+    """JOB for draftbench.run in the processes of a sweep, whose working folder this is."""
+    monkeypatch.chdir(folder)
+    (folder / "stand_in.py").write_text(JOB)
+    (folder / "sitecustomize.py").write_text("import sys, stand_in\nsys.modules['draftbench.run'] = stand_in\n")
+    monkeypatch.setenv("PYTHONPATH", str(folder))
     monkeypatch.setattr(cli.schema, "check_job", lambda config: SimpleNamespace(grid=(8, 16, 24)))
+
+
+def test_a_killed_job_ends_neither_the_others_nor_the_wait(monkeypatch, tmp_path, capsys):
+    stand_in(monkeypatch, tmp_path)
     monkeypatch.setattr(submitit.Job, "_results_timeout_s", 0)
     original = submitit.Job.results
     argv = ["-m", "launcher=submitit_local", "sparsity=0.5,0.9", "hydra.sweep.dir=out", "tracking=disabled"]
@@ -38,6 +43,18 @@ def test_a_killed_job_ends_neither_the_others_nor_the_wait(monkeypatch, tmp_path
     error = capsys.readouterr().err
     assert "ended without a result, see " in error and "Traceback" not in error
     assert error.endswith("1 of 2 jobs left no record\n")
+
+
+def test_a_job_that_is_killed_under_joblib_ends_no_other_and_is_named(monkeypatch, tmp_path, capsys):
+    core = pytest.importorskip("hydra_plugins.hydra_joblib_launcher._core")
+    stand_in(monkeypatch, tmp_path)
+    original = core.Parallel
+    argv = ["-m", "launcher=joblib", "sparsity=0.6,0.5,0.9", "hydra.sweep.dir=out", "tracking=disabled"]
+    assert cli.main(argv) == 1 and core.Parallel is original
+    assert [row["sparsity"] for row in records.read_all([Path("out")])] == [0.6, 0.9]
+    error = capsys.readouterr().err
+    assert "job 1 (launcher=joblib sparsity=0.5 tracking=disabled) ended without a result, killed: SIGKILL" in error
+    assert "Traceback" not in error and error.endswith("1 of 3 jobs left no record\n")
 
 
 @pytest.mark.parametrize("late", [False, True])

@@ -220,13 +220,22 @@ def test_promote_refuses_newer_schemas_nothing_and_bad_names(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_record_of_version_1_is_read_as_one_of_this_version_and_promoted(tmp_path):
-    old = {name: value for name, value in record(psnr_db=30.0).items() if name not in records.LATER}
-    records.write(old | {"schema_version": 1, "latency": {"p50": 1.0}}, tmp_path / "run" / "record.json")
+ABSENT = {  # what records of an older version do not have
+    1: {*records.LATER, *records.ATTENTION_LATER},
+    2: {"reference_sha256"},
+}
+
+
+@pytest.mark.parametrize("version", ABSENT)
+@pytest.mark.parametrize("kind", ["cell", "baseline", "attention", "step", "methods"])
+def test_a_record_of_an_older_version_is_read_as_one_of_this_version_and_promoted(tmp_path, version, kind):
+    values = {"kind": kind, "cell_id": "c0", "sparsity": 0.9, "commit": "a" * 40, "dirty": False, "status": "ok"}
+    now = records.new(**values)
+    old = {name: value for name, value in now.items() if name not in ABSENT[version]} | {"schema_version": version}
+    records.write(old | {"peak_memory_gib": 1.5, "of_its_time": 3}, tmp_path / "run" / "record.json")
     found = records.read(tmp_path / "run" / "record.json")
-    assert set(found) == {*records.FIELDS, *records.LATER} and found["schema_version"] == 3
-    assert (found["psnr_db"], found["latency"], found["quality"]) == (30.0, {"p50": 1.0}, None)
-    records.write(record(cell_id="c1"), tmp_path / "run" / "record_new.json")
+    assert found == now | {"peak_memory_gib": 1.5, "of_its_time": 3} and found["schema_version"] == 3
+    records.write(records.new(**values | {"cell_id": "c1"}), tmp_path / "run" / "record_new.json")
     source = records.promote([tmp_path / "run"], "x", tmp_path / "out")
     assert [row["schema_version"] for row in records.read_all([source])] == [3, 3]
 

@@ -3,10 +3,12 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,6 +86,18 @@ def test_bad_input_is_refused_in_a_line_or_two(arguments, message, tmp_path, com
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.startswith(f"draftbench: {message}") and done.stderr.count("\n") <= 2
     assert "Traceback" not in done.stderr and not (tmp_path / "outputs").exists()
+
+
+def test_every_test_in_the_list_of_faults_is_there():
+    tests = Path(__file__).parent
+    lines = (tests.parent / "results" / "logs" / "faults.md").read_text().splitlines()
+    faults = [line for line in lines if line.startswith("| ")][1:]
+    assert len(faults) > 10
+    for line in faults:
+        named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", line.split(" | ")[1])
+        assert named, line
+        for file, name in named:
+            assert f"\ndef {name}(" in (tests / file).read_text(), name
 
 
 def test_a_full_disk_names_the_path_and_keeps_what_was_written(configured, tmp_path, monkeypatch):
@@ -173,3 +187,54 @@ def test_two_sweeps_on_one_folder_and_a_record_that_was_cut(tmp_path, command):
     assert len(found) == 4 and {row["status"] for row in found} == {"ok"}
     table = (tmp_path / "out" / "table.txt").read_text()
     assert [line.split()[1:4] for line in table.splitlines()[2:]] == [["draft", "0.5", "2"], ["draft", "0.9", "2"]]
+
+
+MORTAL = """
+import os, signal
+from draftbench.methods.draft import Draft
+def plan(self, *arguments, original=Draft.plan):
+    if self.sparsity == 0.5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, *arguments)
+Draft.plan = plan
+"""
+
+
+def test_a_job_killed_under_joblib_is_a_record_with_its_reason_and_the_others_go_on(tmp_path, command):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    (tmp_path / "faults").mkdir()
+    (tmp_path / "faults" / "sitecustomize.py").write_text(MORTAL)
+    argv = command("-m", "launcher=joblib", "sparsity=0.5,0.75,0.9", "latency.enabled=false", "hydra.sweep.dir=out")
+    broken = settings() | {"PYTHONPATH": f"{tmp_path}/faults"}
+    first = subprocess.run(argv, env=broken, cwd=tmp_path, capture_output=True, text=True)
+    before = {row["sparsity"]: row for row in records.read_all([tmp_path / "out"])}
+    statuses = {level: row["status"] for level, row in before.items()}
+    assert first.returncode == 1 and statuses == {0.5: run.UNFINISHED, 0.75: "ok", 0.9: "ok"}, first.stderr
+    assert "draftbench: job 0 (" in first.stderr and "ended without a result, killed: SIGKILL" in first.stderr
+    assert "1 of 3 cells failed; the same command runs those and what is missing\n" in first.stderr
+
+    again = subprocess.run(argv, env=settings(), cwd=tmp_path, capture_output=True, text=True)
+    rows = {row["sparsity"]: row for row in records.read_all([tmp_path / "out"])}
+    assert again.returncode == 0 and {row["status"] for row in rows.values()} == {"ok"}, again.stderr
+    assert all(rows[level] == before[level] for level in (0.75, 0.9))
+
+
+def test_an_interrupted_sweep_under_joblib_ends_the_jobs_that_run(tmp_path, command):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    (tmp_path / "sitecustomize.py").write_text(MORTAL.replace("os.kill(os.getpid(), signal.SIGKILL)", "signal.pause()"))
+    argv = command("-m", "launcher=joblib", "sparsity=0.5,0.9", "latency.enabled=false", "hydra.sweep.dir=out")
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(
+            argv, cwd=tmp_path, env=settings() | {"PYTHONPATH": str(tmp_path)}, stdout=log, stderr=log
+        )
+        try:
+            end = time.monotonic() + 100
+            while not (tmp_path / "out" / "0" / "record.json").exists():  # that of a job that has begun
+                assert process.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()
+                time.sleep(0.1)
+            process.send_signal(signal.SIGINT)  # to it alone, as by kill, and not to its jobs as from a terminal
+            assert process.wait(60) == 130
+        finally:
+            process.kill()
+            process.wait()
+    assert "interrupted; what is finished is in out" in (tmp_path / "log").read_text()

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -222,6 +225,46 @@ def test_a_damaged_row_is_named_and_the_others_have_their_tables(tmp_path, capsy
     error = capsys.readouterr().err
     assert "some.jsonl, line 3, is not a draftbench record" in error and "none.jsonl, line 1" in error
     assert line((tmp_path / "out" / "some.md").read_text(), "| 0.75 | draft | 2")[5] == "30.50 [30.00, 31.00]"
+
+
+KILLED = """
+import os, signal, sys
+from draftbench import tables
+where, *argv = sys.argv[1:]
+def replace(source, target, original=os.replace):
+    if str(target).endswith(where):
+        os.truncate(source, 20)  # as if no more had reached the disk
+        os.kill(os.getpid(), signal.SIGKILL)
+    original(source, target)
+os.replace = replace
+tables.main(argv)
+"""
+
+
+@pytest.mark.parametrize("where", ["out/some.md", "out/some.spread.csv", "R.md"])
+def test_kill_9_in_a_write_cuts_no_table_and_the_same_command_makes_the_rest(where, tmp_path):
+    def promoted(n):
+        rows = (json.dumps(row(seed=seed, psnr=30.0 + seed)) for seed in range(n))
+        (tmp_path / "in" / "some.jsonl").write_text("\n".join(rows))
+
+    def tables_now():
+        return {path: path.read_text() for path in tmp_path.rglob("[!.]*.*") if "in" not in path.parts}
+
+    (tmp_path / "in").mkdir()
+    (tmp_path / "R.md").write_text("<!-- table some -->\n<!-- end -->\n")
+    keys = [f"records={tmp_path}/in", f"out={tmp_path}/out", f"readme={tmp_path}/R.md", "quoted=nowhere"]
+    promoted(2)
+    assert tables.main(keys) == 0
+    before = tables_now()
+    promoted(3)
+    done = subprocess.run([sys.executable, "-P", "-c", KILLED, where, *keys], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    left = tables_now()
+    assert tables.main([*keys, "--check"]) == 1
+    assert tables.main(keys) == 0 == tables.main([*keys, "--check"])
+    after = tables_now()
+    assert left[tmp_path / where] == before[tmp_path / where] != after[tmp_path / where]
+    assert left.keys() == after.keys() and all(text in (before[path], after[path]) for path, text in left.items())
 
 
 def test_ten_thousand_records_take_less_than_ten_seconds(tmp_path):
