@@ -147,5 +147,5 @@ def canvas(width: float, height: float) -> Any:
 
 
 def save(picture: Any, path: Path, digest: str) -> None:
-    """Write a figure as PNG, with the digest of the records that it shows in its metadata."""
-    picture.savefig(path, format="png", dpi=120, metadata={"records": digest, "Software": None})
+    """Write a figure as PNG, with the digest of what it was made from in its metadata."""
+    picture.savefig(path, format="png", dpi=120, metadata={"digest": digest, "Software": None})

@@ -57,7 +57,7 @@ def test_the_picture_and_rows_that_share_no_table(run, tmp_path):
 
     rows = list(run[2].values())
     estimate_tables.figure(rows, tmp_path / "x.png", "abc")
-    assert Image.open(tmp_path / "x.png").info["records"] == "abc"
+    assert Image.open(tmp_path / "x.png").info["digest"] == "abc"
     with pytest.raises(ValueError, match="x: rows with different device share no table"):
         estimate_tables.page([rows[0], rows[0] | {"device": "another"}], "x")
 

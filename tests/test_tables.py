@@ -11,6 +11,7 @@ from draftbench import contrasts, method_tables, rank_tables, records, tables
 
 RULE = contrasts.Contrasts(("random", "draft"), ("psnr_db", "ssim", "lpips"), 2000, 0)
 ROOT = Path(__file__).parent.parent
+NOWHERE = ("readme=nowhere", "quoted=nowhere", "figures=nowhere")
 COMMITTED = sorted((ROOT / "results" / "records").glob("*.jsonl"))
 
 
@@ -191,7 +192,8 @@ def test_the_readme_is_filled_between_its_markers(capsys):
 
 
 def test_the_command_writes_checks_and_says_what_is_stale(tmp_path, capsys):
-    keys = [f"records={tmp_path / 'in'}", f"out={tmp_path / 'out'}", f"readme={tmp_path / 'R.md'}", "quoted=nowhere"]
+    keys = [f"{name}={tmp_path / path}" for name, path in (("records", "in"), ("out", "out"), ("readme", "R.md"))]
+    keys += [f"figures={tmp_path / 'figures'}", "quoted=nowhere"]
     assert tables.main(keys) == 2 and "must be a folder with .jsonl files" in capsys.readouterr().err
     (tmp_path / "in").mkdir()
     records.write(row(), tmp_path / "record.json")
@@ -209,6 +211,16 @@ def test_the_command_writes_checks_and_says_what_is_stale(tmp_path, capsys):
         (tmp_path / name).write_text("<!-- table some -->\nother\n<!-- end -->\n")
         assert tables.main([*keys, "--check"]) == 1 and f"{name} is out of date" in capsys.readouterr().err
         assert tables.main(keys) == 0
+    left = [tmp_path / name for name in ("out/old.md", "out/some.old.csv", "out/some.old.tex", "figures/old.png")]
+    (tmp_path / "figures").mkdir()
+    for path in [*left, tmp_path / "out" / "notes.txt"]:
+        path.write_text("of records that went")
+    assert capsys.readouterr().err == "" and tables.main(keys) == 0 and all(path.exists() for path in left)
+    told = capsys.readouterr().err
+    assert tables.main([*keys, "--check"]) == 1 and capsys.readouterr().err == told
+    assert told.splitlines() == [
+        f"{path} is made from none of the records in {tmp_path / 'in'}; delete it" for path in sorted(left)
+    ]
 
 
 def test_a_damaged_row_is_named_and_the_others_have_their_tables(tmp_path, capsys):
@@ -216,7 +228,7 @@ def test_a_damaged_row_is_named_and_the_others_have_their_tables(tmp_path, capsy
     lines = [json.dumps(row(seed=seed, psnr=30.0 + seed)) for seed in (0, 1, 2)]
     (tmp_path / "in" / "some.jsonl").write_text("\n".join([*lines[:2], lines[2][:99]]))
     (tmp_path / "in" / "none.jsonl").write_text("{")
-    keys = [f"records={tmp_path / 'in'}", f"out={tmp_path / 'out'}", "readme=nowhere", "quoted=nowhere"]
+    keys = [f"records={tmp_path / 'in'}", f"out={tmp_path / 'out'}", *NOWHERE]
     assert tables.main(keys) == 1 == tables.main([*keys, "--check"])
     error = capsys.readouterr().err
     assert "some.jsonl, line 3, is not a draftbench record" in error and "none.jsonl, line 1" in error
@@ -232,7 +244,7 @@ def test_ten_thousand_records_take_less_than_ten_seconds(tmp_path):
     (tmp_path / "in" / "some.jsonl").write_text("\n".join(rows))
     assert len(cells) > 10_000
     start = time.monotonic()
-    keys = [f"records={tmp_path / 'in'}", f"out={tmp_path / 'out'}", "readme=nowhere", "quoted=nowhere"]
+    keys = [f"records={tmp_path / 'in'}", f"out={tmp_path / 'out'}", *NOWHERE]
     assert tables.main(keys) == 0
     assert time.monotonic() - start < 10
     text = (tmp_path / "out" / "some.md").read_text()
@@ -343,7 +355,7 @@ def test_what_must_be_the_same_is(change, message):
 
 
 def test_the_page_has_ranks_once_the_second_file_is_there(tmp_path):
-    keys = [f"records={tmp_path / 'in'}", f"out={tmp_path / 'out'}", "readme=nowhere", "quoted=nowhere"]
+    keys = [f"records={tmp_path / 'in'}", f"out={tmp_path / 'out'}", *NOWHERE]
     for name, found in (("some", trained(FIRST)), ("other", trained(AGAIN, "b"))):
         for number, one in enumerate(found):
             records.write(one, tmp_path / name / f"record_{number}.json")
