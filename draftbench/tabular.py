@@ -20,6 +20,7 @@ Row: TypeAlias = Mapping[str, Any]
 # a function of the row.
 Column: TypeAlias = str | tuple[str, ...] | Callable[[Any], str]
 _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\^{}"}
+_LATEX |= {"<": "\\textless{}", ">": "\\textgreater{}"}
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Table:
         """A `table` float for booktabs, its caption the page and title; what one must know stands in comments."""
         body = self.cells()
         sides = [
-            "r" if any(cell[:1] in "+-0123456789" for cell in column) else "l" for column in zip(*body, strict=True)
+            "r" if any(cell[:1] in "<+-0123456789" for cell in column) else "l" for column in zip(*body, strict=True)
         ]
         lines = [" & ".join(map(_escape, line)) + r" \\" for line in [list(self.columns), *body]]
         caption = f"{page}: {self.title or self.name}"
