@@ -1,8 +1,9 @@
 """Tables of records of kind "cell": methods by sparsity, the spread between clips, by warm-up, contrasts, diagnostics.
 
 One row a method at a setting (share of dense first steps, sparsity), means over clips with their intervals. A table
-never mixes devices, versions, weights, grids or dense clips, nor clips that a calibration used: it refuses. Methods of
-several commits may stand in one if nothing was timed and their dense clips are the same bytes.
+never mixes devices, versions, weights, grids, dense kernels or dense clips, nor has prompts or seeds that a calibration
+used: it refuses. Rows of several commits or dense kernels may stand in one if nothing was timed and their dense clips
+are the same bytes.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def check_same(rows: Sequence[Row], source: str) -> None:
 
 
 def _check_dense(rows: Sequence[Row], source: str) -> None:
-    """See `check_same`: a prompt and seed has one dense clip, and commits may differ where its digest ties rows."""
+    """See `check_same`: a prompt and seed has one dense clip; commits and dense kernels may differ where its digest
+    ties rows."""
     references: dict[tuple[str, int], set[str]] = defaultdict(set)
     for row in rows:
         own = row["frames_sha256"] if row["method"] == "dense" else None
@@ -56,7 +58,8 @@ def _check_dense(rows: Sequence[Row], source: str) -> None:
     if untied:  # the others are tied to them by their dense rows
         dense = {clip(row) for row in untied if row["method"] == "dense" and row["frames_sha256"]}
         untied += [row for row in rows if clip(row) not in dense]
-    check_alike((row["commit"] for row in untied), "commit", source)
+    for name in ("commit", "dense_kernel"):
+        check_alike((row[name] for row in untied), name, source)
 
 
 def fixed(row: Row, name: str) -> Any:
@@ -85,19 +88,21 @@ def grouped(rows: Sequence[Row]) -> Cells:
 
 
 def _caveats(rows: Sequence[Row], source: str) -> list[str]:
-    """What pocket's numbers are no evidence of, and on what methods were calibrated: ValueError if on these clips."""
+    """What pocket's numbers are no evidence of, and on what methods were calibrated: ValueError if on a prompt
+    or a seed of these."""
     found = ["Pocket's numbers are no evidence about larger models."] if rows[0]["model"] == "pocket" else []
-    clips = {clip(row) for row in rows}
     calibrated: dict[tuple[Any, ...], set[str]] = defaultdict(set)
     for row in rows:
         if of := (row.get("method_settings") or {}).get("calibrated"):
             calibrated[tuple(of["prompts"]), tuple(of["seeds"])].add(row["method"])
     for (prompts, seeds), methods in calibrated.items():
         names = ", ".join(sorted(methods))
-        if used := clips & {(prompt, seed) for prompt in prompts for seed in seeds}:
-            raise ValueError(f"{source}: {names} was calibrated on clips of this table, as {min(used)}")
-        where = f"{len(prompts)} prompts x {len(seeds)} seeds"
-        found.append(f"Calibrated on {where} that are not among the clips here: {names}.")
+        for name, values in (("prompt", prompts), ("seed", seeds)):
+            if used := {row[name] for row in rows} & set(values):
+                raise ValueError(f"{source}: {names} was calibrated on a {name} of this table, {min(used)!r}")
+        found.append(
+            f"Calibrated on {len(prompts)} prompts x {len(seeds)} seeds, none of them of the clips here: {names}."
+        )
     return found
 
 

@@ -89,7 +89,7 @@ def test_contrasts_are_paired_by_prompt_and_seed():
     ("name", "other"),
     [
         ("device", "H200"), ("versions", {"torch": "2.11"}), ("weights_hash", "b" * 64), ("grid", [16, 32, 48]),
-        ("model", "hunyuan_video"), ("commit", "d" * 40),
+        ("model", "hunyuan_video"), ("commit", "d" * 40), ("dense_kernel", "fa4"),
     ],
 )  # fmt: skip
 def test_a_table_never_mixes(name, other):
@@ -121,6 +121,7 @@ def of_another_commit(**values):
 def test_methods_of_two_commits_share_a_table_if_their_dense_clips_do():
     text = markdown([DENSE, row(**UNTIMED), of_another_commit()], "some")
     assert "the same dense clips at commits `cccccccccccc` (dense, draft), `dddddddddddd` (svg2)." in text
+    assert markdown([DENSE, row(**UNTIMED), of_another_commit(dense_kernel="fa4")], "some") == text
     tied = row(reference_sha256="e" * 64, **UNTIMED)
     assert "(draft), `dddddddddddd` (svg2)" in markdown([tied, of_another_commit()], "some")
 
@@ -134,6 +135,11 @@ def test_methods_of_two_commits_share_a_table_if_their_dense_clips_do():
         ([DENSE, row(**UNTIMED), of_another_commit(seed=7)], "different commit"),
         ([DENSE | {"commit": "d" * 40, "reference_sha256": "e" * 64}, row(**UNTIMED)], "different commit"),
         ([DENSE, row(**UNTIMED), of_another_commit(generate_s=2.0)], "different commit"),
+        ([DENSE, row(**UNTIMED), row(seed=1, dense_kernel="fa4", **UNTIMED)], "different dense_kernel"),
+        (
+            [DENSE, row(**UNTIMED), of_another_commit(commit="c" * 40, dense_kernel="fa4", generate_s=2.0)],
+            "different dense_kernel",
+        ),
         ([DENSE, of_another_commit(), of_another_commit(commit="f" * 40)], "svg2 at 0.75 has different commit"),
     ],
 )
@@ -184,15 +190,17 @@ def test_warm_ups_have_a_column_each_and_no_mean_over_them():
     assert markdown([r | {"method_settings": settings[r["dense"]["steps"]]} for r in rows], "some") == text
 
 
-def test_calibrated_clips_are_not_those_of_the_table():
-    def calibrated(prompts):
-        of = {"value": 0.5, "achieved": 0.75, "prompts": prompts, "seeds": [0, 7]}
+def test_a_table_has_no_prompt_and_no_seed_of_a_calibration():
+    def calibrated(prompts, seeds):
+        of = {"value": 0.5, "achieved": 0.75, "prompts": prompts, "seeds": seeds}
         return row("svg2", method_settings={"calibrated": of})
 
-    text = markdown([calibrated(["step left"])], "some")
-    assert "Calibrated on 1 prompts x 2 seeds that are not among the clips here: svg2." in text
-    with pytest.raises(ValueError, match="svg2 was calibrated on clips of this table, as "):
-        markdown([calibrated(["turn left"])], "some")
+    text = markdown([calibrated(["step left"], [6, 7])], "some")
+    assert "Calibrated on 1 prompts x 2 seeds, none of them of the clips here: svg2." in text
+    for prompts, seeds, used in ((["turn left"], [7], "prompt of this table, 'turn left'"),
+                                 (["step left"], [0, 7], "seed of this table, 0")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"^some: svg2 was calibrated on a {used}$"):
+            markdown([calibrated(prompts, seeds)], "some")
 
 
 def test_the_readme_is_filled_between_its_markers(capsys):
