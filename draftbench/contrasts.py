@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 from .bootstrap import Estimate, estimate, holm, least_p
-from .tabular import Column, Table, ok
+from .tabular import Column, Table, label, ok
 
 Row: TypeAlias = dict[str, Any]
 LEVEL = 0.05  # what p-values are read against
@@ -49,7 +49,12 @@ def labels(cells: Cells) -> dict[str, Column]:
     """The columns that tell a table's rows apart: the warm-up only where it varies."""
     varies = len({setting.warmup for setting, _ in cells}) > 1
     found: dict[str, Column] = {"dense steps": "{warmup:.0%}"} if varies else {}
-    return found | {"sparsity": lambda row: row["knob"] or f"{row['sparsity']:g}", "method": "{method}"}
+    return found | {"sparsity": lambda row: row["knob"] or f"{row['sparsity']:g}", "method": named}
+
+
+def named(row: Row) -> str:
+    """The method of a row with its label."""
+    return f"{row['method']}{label(row['method'])}"
 
 
 def by_prompt(clips: Iterable[tuple[str, float | None]]) -> dict[str, list[float]]:

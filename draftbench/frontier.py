@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 from .bootstrap import Estimate, estimate
 from .contrasts import Contrasts, Row, by_prompt, clip
+from .estimate_tables import off
 from .method_tables import check_same, grouped, provenance
 from .tabular import canvas, ok, save
 
 METRIC, LABEL = "psnr_db", "PSNR dB to dense"
-CLOSE = 0.02  # how far a timed call's sparsity may be from what was asked
 
 
 class Point(NamedTuple):
@@ -32,7 +32,7 @@ class Point(NamedTuple):
 
 def join(cells: Sequence[Row], times: Sequence[Row], rule: Contrasts) -> dict[str, list[Point]]:
     """The points of each shape of `times`, by method and sparsity; what only one side has is in none, nor is a time of
-    a call that did not drop what its sparsity asks for (`off`).
+    a call that did not drop what its sparsity asks for.
 
     Raises ValueError if rows of either side do not mix, or the cells are of several warm-ups.
     """
@@ -55,11 +55,6 @@ def join(cells: Sequence[Row], times: Sequence[Row], rule: Contrasts) -> dict[st
             ms = (row["ms"]["p20"], row["ms"]["p50"], row["ms"]["p80"])
             found.setdefault(row["shape"], []).append(Point(*key, ms, quality[key]))
     return found
-
-
-def off(row: Row) -> bool:
-    """Whether a timed call dropped another share than asked, by more than `CLOSE`, so that its time is of none."""
-    return ok(row) and abs(row["sparsity_achieved"] - row["sparsity"]) > CLOSE
 
 
 def figure(
@@ -102,7 +97,7 @@ def figure(
             axes.legend(fontsize=7)
     about = [textwrap.fill(f"Fidelity: {provenance(cells)}", 120)]
     about.append("No evidence about clips of the models whose shapes these are.")
-    if left := sorted({row["method"] for row in times if off(row)}):
+    if left := sorted({row["method"] for row in times if ok(row) and off(row)}):
         about.append(f"Not drawn, as their timed calls drop another share: {', '.join(left)}.")
     picture.suptitle("\n".join(about), fontsize=7)
     save(picture, path, digest)

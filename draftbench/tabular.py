@@ -9,6 +9,8 @@ import csv
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from string import Formatter
 from typing import Any, TypeAlias
@@ -113,6 +115,21 @@ def _cell(column: Column, row: Row) -> str:
 
 def _escape(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in text)
+
+
+@cache
+def label(method: str) -> str:
+    """What tables say behind the name of a method, " (mask only)", of its class today; nothing of most."""
+    from .attention import Method
+
+    try:
+        found = vars(import_module(module := f"draftbench.methods.{method}"))
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        return ""  # a method that went, or of others
+    kinds = (x for x in found.values() if isinstance(x, type) and issubclass(x, Method) and x.__module__ == module)
+    return "".join(f" ({kind.label})" for kind in kinds if kind.label)
 
 
 def ok(row: Row) -> bool:

@@ -13,6 +13,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class STA(Method):
 
     tile: tuple[int, int, int] = (6, 8, 8)
     windows: str = field(default="uniform", init=False)  # for the records
+    label: ClassVar[str] = "uniform windows"
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Plan:
         """See `Method.plan`; the windows depend on the grid alone."""

@@ -37,6 +37,10 @@ def test_every_method_has_its_times_or_its_reason(run):
         if name in ("svg2", "xattention", "sparge"):  # a knob that was set for this call
             assert abs(row["sparsity_achieved"] - 0.6) < 0.01
     text = (folder / "table.md").read_text()
+    off = {name for name, row in rows.items() if abs(row["sparsity_achieved"] - 0.6) > 0.02}
+    cells = [line.split(" | ")[2:4] for line in text.splitlines() if line.startswith("| tiny | 0.6 | ")]
+    assert {name.split()[0] for name, achieved in cells if achieved.endswith(" *")} == off and "re_ttention" in off
+    assert "| sparge (mask only) |" in text
     assert all(name in text for name in (*rows, "svg", "jenga"))
 
 

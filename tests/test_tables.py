@@ -110,6 +110,25 @@ def test_a_method_at_its_own_knob_stands_apart():
     assert short.splitlines()[-1] == "| `svg2` | - | 30.0 / 0.300 (1) | 40.0 / 0.300 (2), 62% by top_p=0.9 |"
 
 
+def test_labels_steps_and_missed_sparsities_are_shown():
+    names = ("draft", "sparge", "vsa", "sta", "sta_searched")
+    rows = [row(name, steps=20, seed=seed, sparsity_achieved=0.74) for name in names for seed in (0, 1)]
+    rows += [row("svg", steps=20, seed=s, sparsity_achieved=x) for s, x in ((0, 0.6), (1, 0.7))]
+    rows += [row("jenga", steps=20, seed=s, sparsity_achieved=x) for s, x in ((0, 0.7), (1, 0.79))]
+    few = {"sparsity_achieved": 0.0, "method_settings": {"sparsity": 0.0, "like": {}}}
+    rows += [row("fewer_steps", steps=14, seed=seed, **few) for seed in (0, 1)]
+    text, short = markdown(rows, "some"), method_tables.short(rows).grid()
+    for name, label in (("sparge", " (mask only)"), ("vsa", " (untrained)"), ("sta", " (uniform windows)")):
+        assert text.count(f"| {name}{label} |") == 3  # means, spread, contrasts
+        assert f"| `{name}`{label} | 30.0" in short
+    assert line(text, "| 0.75 | draft | 2")[3] == "0.740" and line(text, "| 0.75 | sta_searched | 2")[3] == "0.740"
+    assert line(text, "| 0.75 | fewer_steps | 2")[3] == "14 of 20 steps"
+    assert line(text, "| 0.75 | svg | 2")[3] == "0.650 *" and line(text, "| 0.75 | jenga | 2")[3] == "0.745 (2 off)"
+    assert "so no row of that sparsity: svg achieved 0.650 of 0.75." in text
+    assert line(short, "| `fewer_steps`")[1] == "30.0 / 0.300 (2), 14 steps"
+    assert line(short, "| `svg`")[1] == "30.0 / 0.300 (2), achieved 0.650 of 0.75"
+
+
 UNTIMED = dict.fromkeys(("generate_s", "speedup_generate", "speedup_attention"))
 DENSE = row("dense", 0.0, psnr=100.0, frames_sha256="e" * 64, **UNTIMED)
 
