@@ -55,6 +55,8 @@ def short(rows: Sequence[Row]) -> Table:
 def figure(rows: Sequence[Row], path: Path, digest: str) -> None:
     """Draw a bar a row: the method's kernel, its estimate and the rest of the whole, and a mark at dense.
 
+    A call that dropped another share than asked is hatched and named by what it dropped.
+
     `digest` goes into the PNG's metadata. Raises ImportError without matplotlib.
     """
     found = sorted(filter(ok, rows), key=lambda row: (row["shape"], row["sparsity"], row["ms"]["p50"]))
@@ -66,10 +68,14 @@ def figure(rows: Sequence[Row], path: Path, digest: str) -> None:
         axes.barh(range(len(found)), widths, left=left, color=colour, label=name)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axes.plot([row["dense"]["ms"] for row in found], range(len(found)), "k|", markersize=12, label="dense")
-    axes.set_yticks(range(len(found)), [f"{row['method']} {row['sparsity']:g} {row['shape']}" for row in found])
-    axes.set_xlabel(f"ms a call, {rows[0]['device']}")
+    axes.set_yticks(range(len(found)), [f"{row['method']}{label(row['method'])} {_dropped(row)}" for row in found])
+    hatched = "\nhatched: dropped another share than asked" if any(map(off, found)) else ""
+    axes.set_xlabel(f"ms a call, {rows[0]['device']}{hatched}")
     axes.invert_yaxis()
     axes.legend()
+    for bars in axes.containers:  # after the legend, which would be hatched as its first bar is
+        for bar, row in zip(bars, found, strict=True):
+            bar.set(hatch="////" if off(row) else None, edgecolor="w", linewidth=0)
     save(picture, path, digest)
 
 
@@ -81,6 +87,11 @@ def off(row: Row) -> bool:
 def lacks(row: Row) -> str | None:
     """What a row that has a time lacks to be read, or None."""
     return None if row["dense"] and row["dense"]["ms"] else "its dense time"
+
+
+def _dropped(row: Row) -> str:
+    share = f"{row['sparsity_achieved']:.3f} (asked {row['sparsity']:g})" if off(row) else f"{row['sparsity']:g}"
+    return f"{share} {row['shape']}"
 
 
 def _part(row: Row, name: str) -> float:

@@ -65,6 +65,20 @@ def test_each_axis_names_its_source(tmp_path, monkeypatch):
     assert axes.get_title() == "hunyuan_768p at 90% sparsity" and [text.get_text() for text in axes.texts] == ["draft"]
     assert drawn[0].get_suptitle().endswith("as their timed calls drop another share: svg.")
     assert "hunyuan_768p on H200 (methods)" in axes.get_xlabel() and "wan_720p on H200" in other.get_xlabel()
+    near = [*TIMES, timed("oracle", ms=8.0), timed("sta")]
+    cells = [row | {"dense": {"steps": 0.25, "layers": 0}} for row in (*CELLS, cell("oracle"), cell("sta"))]
+    frontier.figure([row for row in cells if row["sparsity"] != 0.5], near, names, RULE, tmp_path / "c.png", "abc")
+    axes = drawn[1].axes[0]
+    assert (
+        axes.get_ylabel().endswith("first 25% of steps dense")
+        and "dense" not in other.get_ylabel().split("to dense")[1]
+    )
+    assert {text.get_text(): text.get_ha() for text in axes.texts} == {
+        "draft": "left",
+        "oracle": "right",
+        "sta": "left",
+    }
+    assert "`" not in drawn[1].get_suptitle() and "sta (uniform windows)." in drawn[1].get_suptitle()
     with pytest.raises(ValueError, match="and methods have no method at a sparsity in common"):
         frontier.figure(CELLS, [timed("vsa")], names, RULE, tmp_path / "b.png", "abc")
 
