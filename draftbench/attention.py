@@ -207,6 +207,7 @@ class Method:
     sparsity: float = 0.0
     sparse: ClassVar[bool] = True  # False for the dense baseline, whose every call runs the dense kernel
     knob: ClassVar[str | None] = None  # the field, if any, that is null or the original's own knob
+    label: ClassVar[str] = ""  # what tables say behind its name: how it falls short of what the name promises
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:

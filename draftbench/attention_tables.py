@@ -15,6 +15,7 @@ HERE = ("device", "run", "source", "shape_settings")  # within a shape: its rows
 LEVELS = (0.5, 0.75, 0.9)
 SELECTION = " Selection: pooling, scores, threshold and lists, timed alone in the same rounds."
 TRIMMED = "; trimmed: as many, the best of each row of draft's map"
+MARKERS = {"dense": "s", "kernel": "v", "whole": "o", "window": "D"}  # of pictures, by kind of contestant
 ORDER = ("pool", "score", "select", "list", "estimate", "order", "kernel", "restore", "rest")  # of the parts
 
 
@@ -174,7 +175,8 @@ def _shape(rows: list[Row]) -> list[Table | str]:
 def figure(rows: Sequence[Row], path: Path, digest: str) -> None:
     """Draw time against sparsity: a panel a shape, a line a contestant on captured blocks, the ideal dashed black.
 
-    One colour an executor, solid for the whole operation and dotted for the kernel alone; a colour for each peer.
+    One colour an executor, solid for the whole operation and dotted for the kernel alone; a colour for each peer; a
+    marker for each kind of contestant, so that single points can be told apart.
 
     `digest` goes into the PNG's metadata. Raises ImportError without matplotlib.
     """
@@ -185,15 +187,16 @@ def figure(rows: Sequence[Row], path: Path, digest: str) -> None:
     picture = canvas(6.4 * len(shapes), 5.2)  # or says what to install
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    names = list(dict.fromkeys(row["contestant"] for row in rows if ok(row)))
-    colours = list(dict.fromkeys(_executor(name) for name in names))
+    kinds = {row["contestant"]: row["contestant_kind"] for row in rows if ok(row)}
+    colours = list(dict.fromkeys(_executor(name) for name in kinds))
     for axes, shape in zip(picture.subplots(1, len(shapes), squeeze=False)[0], shapes, strict=True):
         here = [row for row in rows if ok(row) and row["shape"] == shape and row["mask"] in ("dense", "captured")]
-        for name in names:
+        for name, kind in kinds.items():
             number = colours.index(_executor(name))
             own = sorted((row["sparsity_achieved"], row["ms"]["p50"]) for row in here if row["contestant"] == name)
             if own:
-                style = {"color": f"C{number % 10}", "marker": "os^Dvx"[number // 10 % 6], "markersize": 4}
+                style = {"color": f"C{number % 10}", "alpha": (1, 0.5)[number // 10 % 2], "markersize": 5}
+                style |= {"marker": MARKERS[kind], "fillstyle": "none" if kind == "whole" else "full"}
                 style["linestyle"] = ":" if name.startswith("kernel_") else "-"
                 axes.plot(*zip(*own, strict=True), label=name, linewidth=1, **style)
         ideal = {row["sparsity"]: row for row in here if row["dense"] and row["dense"]["ms"]}

@@ -19,12 +19,14 @@ _CHUNK = 500  # draws at once
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over clips, its 95% interval (None for a single clip) and the p-value of 0."""
+    """A mean over clips, its 95% interval and the p-value of 0 (None for a single clip); bound: no draw crossed 0, so
+    that p is the least that so many draws can tell."""
 
     mean: float
     low: float | None
     high: float | None
     p: float | None
+    bound: bool = False
 
 
 def estimate(by_prompt: Mapping[str, Sequence[float]], draws: int, seed: int) -> Estimate:
@@ -37,7 +39,13 @@ def estimate(by_prompt: Mapping[str, Sequence[float]], draws: int, seed: int) ->
     means = counts @ values / drawn
     low, high = np.quantile(means, [0.025, 0.975])
     tail = min((means <= 0).sum(), (means >= 0).sum())
-    return Estimate(float(values.mean()), float(low), float(high), min(1.0, 2 * float(1 + tail) / (1 + draws)))
+    p = min(1.0, float(1 + tail) * least_p(draws))
+    return Estimate(float(values.mean()), float(low), float(high), p, bool(tail == 0))
+
+
+def least_p(draws: int) -> float:
+    """The p-value of a mean of which no draw lies on the far side of 0."""
+    return 2 / (1 + draws)
 
 
 def holm(p: Sequence[float]) -> list[float]:

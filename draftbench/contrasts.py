@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
-from .bootstrap import Estimate, estimate, holm
-from .tabular import Column, Table, ok
+from .bootstrap import Estimate, estimate, holm, least_p
+from .tabular import Column, Table, label, ok
 
 Row: TypeAlias = dict[str, Any]
+LEVEL = 0.05  # what p-values are read against
 METRICS = {"psnr_db": "PSNR dB", "ssim": "SSIM", "lpips": "LPIPS"}
 
 
@@ -48,7 +49,12 @@ def labels(cells: Cells) -> dict[str, Column]:
     """The columns that tell a table's rows apart: the warm-up only where it varies."""
     varies = len({setting.warmup for setting, _ in cells}) > 1
     found: dict[str, Column] = {"dense steps": "{warmup:.0%}"} if varies else {}
-    return found | {"sparsity": lambda row: row["knob"] or f"{row['sparsity']:g}", "method": "{method}"}
+    return found | {"sparsity": lambda row: row["knob"] or f"{row['sparsity']:g}", "method": named}
+
+
+def named(row: Row) -> str:
+    """The method of a row with its label."""
+    return f"{row['method']}{label(row['method'])}"
 
 
 def by_prompt(clips: Iterable[tuple[str, float | None]]) -> dict[str, list[float]]:
@@ -73,7 +79,10 @@ def twins(group: Sequence[Row], other: Sequence[Row]) -> list[tuple[Row, Row]]:
 
 
 def contrasts(cells: Cells, rule: Contrasts) -> Iterator[Table]:
-    """A table for each method of `rule.against`: every other minus it, corrected over all of them together."""
+    """A table for each method of `rule.against`: every other minus it, corrected over all of them together.
+
+    Raises ValueError if, corrected for so many, even a difference that no draw lacks would not reach `LEVEL`.
+    """
     found = {
         (base, setting, method): {m: _contrast(group, cells[setting, base], m, rule) for m in rule.metrics}
         for base in rule.against
@@ -81,11 +90,16 @@ def contrasts(cells: Cells, rule: Contrasts) -> Iterator[Table]:
         if method not in (base, "dense") and (setting, base) in cells
     }  # fmt: skip
     tested = [made for row in found.values() for made in row.values() if made and made.p is not None]
+    if (floor := len(tested) * least_p(rule.draws)) > LEVEL:
+        raise ValueError(
+            f"contrasts.draws must be at least {2 * len(tested) / LEVEL - 1:.0f} for {len(tested)} contrasts on a "
+            f"page, got {rule.draws}: no corrected p-value would be below {floor:.2g}"
+        )
     corrected = dict(zip(map(id, tested), holm([made.p for made in tested if made.p is not None]), strict=True))
     columns = labels(cells)
     for metric in rule.metrics:
-        mean, low, high, p = (f"{{{metric}_{name}:{form}}}" for name, form in
-                              (("mean", "+.3f"), ("low", "+.3f"), ("high", "+.3f"), ("holm", ".2g")))  # fmt: skip
+        mean, low, high = (f"{{{metric}_{name}:+.3f}}" for name in ("mean", "low", "high"))
+        p = f"{{{metric}_below}}{{{metric}_holm:.2g}}"
         columns |= {METRICS[metric]: (f"{mean} [{low}, {high}]", mean), f"p, {METRICS[metric].split()[0]}": p}
     for base in rule.against:
         rows = []
@@ -94,14 +108,15 @@ def contrasts(cells: Cells, rule: Contrasts) -> Iterator[Table]:
                 values: Row = {**setting._asdict(), "method": method}
                 for metric, made in made_of.items():
                     numbers = (made.mean, made.low, made.high, made.p) if made else (None,) * 4
-                    numbers = (*numbers, corrected.get(id(made)))
-                    names = (f"{metric}_{name}" for name in ("mean", "low", "high", "p", "holm"))
+                    numbers = (*numbers, "<" if made and made.bound else "", corrected.get(id(made)))
+                    names = (f"{metric}_{name}" for name in ("mean", "low", "high", "p", "below", "holm"))
                     values |= dict(zip(names, numbers, strict=True))
                 rows.append(values)
         note = (
             f"Paired by prompt and seed; 95% intervals from {rule.draws} bootstrap draws of prompts, then seeds (seed "
             f"{rule.seed}). p: two-sided, of no difference: twice the share of draws on the far side of 0; "
-            f"Holm-corrected for the {len(tested)} contrasts of this page."
+            f"Holm-corrected for the {len(tested)} contrasts of this page. < stands where none lies there: "
+            f"{floor:.2g}, {len(tested)} times 2 of {rule.draws + 1}, is the least that so many draws resolve."
         )
         if rows:
             yield Table(f"minus_{base}", columns, rows, f"Minus {base}", note)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from .attention_tables import number, spread
-from .tabular import Page, Table, canvas, check_alike, made_by, ok, save
+from .records import missed
+from .tabular import Page, Table, canvas, check_alike, label, made_by, ok, save
 
 Row = dict[str, Any]
 SAME = ("device", "versions", "commit", "source", "budget_s")
@@ -26,7 +27,7 @@ def page(rows: Sequence[Row], source: str) -> Page:
         "share: estimate over kernel; whole: all of it. Times over dense: the dense kernel of the same rounds over the "
         "whole. A knob was set so that this call meets the sparsity. re_ttention's call lies between two full steps, "
         "which its sparsity counts, so the call itself drops more; efficient_vdit has few masks to choose from. "
-        "Where achieved is not the sparsity, no time stands for that sparsity.",
+        "*: achieved is not the sparsity, by more than 2 points, so that no time stands for that sparsity.",
     )
     tables: list[Table | str] = [*about, short(rows)]
     others = [row for row in rows if not ok(row)]
@@ -39,7 +40,8 @@ def page(rows: Sequence[Row], source: str) -> Page:
 def short(rows: Sequence[Row]) -> Table:
     """Every method's times at every shape and sparsity, the cheapest estimate first."""
     columns: dict[str, Any] = {
-        "shape": "{shape}", "sparsity": "{sparsity:g}", "method": "{method}", "achieved": "{sparsity_achieved:.3f}",
+        "shape": "{shape}", "sparsity": "{sparsity:g}", "method": lambda row: f"{row['method']}{label(row['method'])}",
+        "achieved": lambda row: f"{row['sparsity_achieved']:.3f}{' *' if off(row) else ''}",
         "estimate, ms": lambda row: f"{spread(row, 'plan_ms')} ({row['plan_ms']['n']})",
         "share": "{share:.1%}", "first, ms": lambda row: number(row["first_plan_ms"]),
         "kernel, ms": lambda row: spread(row, "kernel_ms"), "whole, ms": spread,
@@ -53,6 +55,8 @@ def short(rows: Sequence[Row]) -> Table:
 def figure(rows: Sequence[Row], path: Path, digest: str) -> None:
     """Draw a bar a row: the method's kernel, its estimate and the rest of the whole, and a mark at dense.
 
+    A call that dropped another share than asked is hatched and named by what it dropped.
+
     `digest` goes into the PNG's metadata. Raises ImportError without matplotlib.
     """
     found = sorted(filter(ok, rows), key=lambda row: (row["shape"], row["sparsity"], row["ms"]["p50"]))
@@ -64,16 +68,30 @@ def figure(rows: Sequence[Row], path: Path, digest: str) -> None:
         axes.barh(range(len(found)), widths, left=left, color=colour, label=name)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axes.plot([row["dense"]["ms"] for row in found], range(len(found)), "k|", markersize=12, label="dense")
-    axes.set_yticks(range(len(found)), [f"{row['method']} {row['sparsity']:g} {row['shape']}" for row in found])
-    axes.set_xlabel(f"ms a call, {rows[0]['device']}")
+    axes.set_yticks(range(len(found)), [f"{row['method']}{label(row['method'])} {_dropped(row)}" for row in found])
+    hatched = "\nhatched: dropped another share than asked" if any(map(off, found)) else ""
+    axes.set_xlabel(f"ms a call, {rows[0]['device']}{hatched}")
     axes.invert_yaxis()
     axes.legend()
+    for bars in axes.containers:  # after the legend, which would be hatched as its first bar is
+        for bar, row in zip(bars, found, strict=True):
+            bar.set(hatch="////" if off(row) else None, edgecolor="w", linewidth=0)
     save(picture, path, digest)
+
+
+def off(row: Row) -> bool:
+    """Whether a timed call dropped another share than asked, so that its time is of no sparsity."""
+    return missed(row["sparsity"], row["sparsity_achieved"]) is not None
 
 
 def lacks(row: Row) -> str | None:
     """What a row that has a time lacks to be read, or None."""
     return None if row["dense"] and row["dense"]["ms"] else "its dense time"
+
+
+def _dropped(row: Row) -> str:
+    share = f"{row['sparsity_achieved']:.3f} (asked {row['sparsity']:g})" if off(row) else f"{row['sparsity']:g}"
+    return f"{share} {row['shape']}"
 
 
 def _part(row: Row, name: str) -> float:

@@ -7,6 +7,7 @@ source, since neither says how good a clip of the larger model is.
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,11 +15,12 @@ from typing import Any, NamedTuple
 
 from .bootstrap import Estimate, estimate
 from .contrasts import Contrasts, Row, by_prompt, clip
+from .estimate_tables import off
 from .method_tables import check_same, grouped, provenance
-from .tabular import canvas, ok, save
+from .tabular import canvas, label, ok, save
 
+NEAR = 0.7  # of dense's time: a name on the right of such a point would lie on its line
 METRIC, LABEL = "psnr_db", "PSNR dB to dense"
-CLOSE = 0.02  # how far a timed call's sparsity may be from what was asked
 
 
 class Point(NamedTuple):
@@ -32,7 +34,7 @@ class Point(NamedTuple):
 
 def join(cells: Sequence[Row], times: Sequence[Row], rule: Contrasts) -> dict[str, list[Point]]:
     """The points of each shape of `times`, by method and sparsity; what only one side has is in none, nor is a time of
-    a call that did not drop what its sparsity asks for (`off`).
+    a call that did not drop what its sparsity asks for.
 
     Raises ValueError if rows of either side do not mix, or the cells are of several warm-ups.
     """
@@ -57,11 +59,6 @@ def join(cells: Sequence[Row], times: Sequence[Row], rule: Contrasts) -> dict[st
     return found
 
 
-def off(row: Row) -> bool:
-    """Whether a timed call dropped another share than asked, by more than `CLOSE`, so that its time is of none."""
-    return ok(row) and abs(row["sparsity_achieved"] - row["sparsity"]) > CLOSE
-
-
 def figure(
     cells: Sequence[Row], times: Sequence[Row], names: tuple[str, str], rule: Contrasts, path: Path, digest: str
 ) -> None:
@@ -78,6 +75,8 @@ def figure(
     from matplotlib.ticker import LogLocator  # it is there, or `canvas` has said what to install
 
     for axes, (shape, points) in zip(picture.subplots(1, len(shapes), squeeze=False)[0], shapes.items(), strict=True):
+        dense = [row["dense"]["ms"] for row in times if row["shape"] == shape and row["dense"] and row["dense"]["ms"]]
+        line = sorted(dense)[len(dense) // 2] if dense else math.inf
         levels = {point.sparsity for point in points}
         level = f" at {levels.pop():.0%} sparsity" if len(levels) == 1 else ""  # then names stand at the points
         for number, method in enumerate(methods):
@@ -87,11 +86,11 @@ def figure(
                               marker="os^Dvx"[number // 10 % 6], markersize=4, linewidth=1, capsize=2)  # fmt: skip
             for point in own:
                 text = method if level else f"{point.sparsity:.0%}"
-                axes.annotate(text, (point.ms[1], point.quality.mean), fontsize=7, xytext=(3, 3),
-                              textcoords="offset points")  # fmt: skip
-        dense = [row["dense"]["ms"] for row in times if row["shape"] == shape and row["dense"] and row["dense"]["ms"]]
+                near = NEAR < point.ms[1] / line < 1  # of the point, for dense lies on its right
+                axes.annotate(text, (point.ms[1], point.quality.mean), fontsize=7, xytext=(-3 if near else 3, 3),
+                              ha="right" if near else "left", textcoords="offset points")  # fmt: skip
         if dense:
-            axes.axvline(sorted(dense)[len(dense) // 2], color="k", linestyle="--", linewidth=1, label="dense")
+            axes.axvline(line, color="k", linestyle="--", linewidth=1, label="dense")
         quality, time = sources(cells, times, shape, names)
         axes.set(title=shape + level, xscale="log", xlabel=time, ylabel=quality)
         axes.grid(alpha=0.3, which="both")
@@ -100,9 +99,11 @@ def figure(
         axes.xaxis.set_minor_formatter("")
         if dense or not level:
             axes.legend(fontsize=7)
-    about = [textwrap.fill(f"Fidelity: {provenance(cells)}", 120)]
+    about = [textwrap.fill(f"Fidelity: {provenance(cells)}".replace("`", ""), 120)]
+    if labelled := [f"{method}{label(method)}" for method in methods if label(method)]:
+        about.append(f"{', '.join(labelled)}.")
     about.append("No evidence about clips of the models whose shapes these are.")
-    if left := sorted({row["method"] for row in times if off(row)}):
+    if left := sorted({row["method"] for row in times if ok(row) and off(row)}):
         about.append(f"Not drawn, as their timed calls drop another share: {', '.join(left)}.")
     picture.suptitle("\n".join(about), fontsize=7)
     save(picture, path, digest)
@@ -112,8 +113,10 @@ def sources(cells: Sequence[Row], times: Sequence[Row], shape: str, names: tuple
     """The labels of the axes, quality's and time's: what is measured, on what, and in which file of records."""
     grid = "x".join(map(str, cells[0]["grid"]))
     clips = len({clip(row) for row in cells})
+    share = (cells[0]["dense"] or {}).get("steps")
+    first = f",\nfirst {share:.0%} of steps dense" if share else ""
     return (
-        f"{LABEL}: {cells[0]['model']} at {grid},\n{clips} clips ({names[0]})",
+        f"{LABEL}: {cells[0]['model']} at {grid},\n{clips} clips ({names[0]}){first}",
         f"ms of one attention call, plan and kernel:\n{shape} on {times[0]['device']} ({names[1]})",
     )
 

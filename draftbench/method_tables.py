@@ -1,8 +1,9 @@
 """Tables of records of kind "cell": methods by sparsity, the spread between clips, by warm-up, contrasts, diagnostics.
 
 One row a method at a setting (share of dense first steps, sparsity), means over clips with their intervals. A table
-never mixes devices, versions, weights, grids or dense clips, nor clips that a calibration used: it refuses. Methods of
-several commits may stand in one if nothing was timed and their dense clips are the same bytes.
+never mixes devices, versions, weights, grids, dense kernels or dense clips, nor has prompts or seeds that a calibration
+used: it refuses. Rows of several commits or dense kernels may stand in one if nothing was timed and their dense clips
+are the same bytes.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from .bootstrap import estimate
-from .contrasts import METRICS, Cells, Contrasts, Row, Setting, by_prompt, clip, contrasts, labels
-from .tabular import Column, Page, Table, check_alike, ok, versions
+from .contrasts import METRICS, Cells, Contrasts, Row, Setting, by_prompt, clip, contrasts, labels, named
+from .records import missed
+from .tabular import Column, Page, Table, check_alike, label, ok, versions
 
 SAME = (
     "device", "versions", "weights_hash", "grid", "model", "model_settings", "dense", "executor", "batch",
@@ -42,7 +44,8 @@ def check_same(rows: Sequence[Row], source: str) -> None:
 
 
 def _check_dense(rows: Sequence[Row], source: str) -> None:
-    """See `check_same`: a prompt and seed has one dense clip, and commits may differ where its digest ties rows."""
+    """See `check_same`: a prompt and seed has one dense clip; commits and dense kernels may differ where its digest
+    ties rows."""
     references: dict[tuple[str, int], set[str]] = defaultdict(set)
     for row in rows:
         own = row["frames_sha256"] if row["method"] == "dense" else None
@@ -56,7 +59,8 @@ def _check_dense(rows: Sequence[Row], source: str) -> None:
     if untied:  # the others are tied to them by their dense rows
         dense = {clip(row) for row in untied if row["method"] == "dense" and row["frames_sha256"]}
         untied += [row for row in rows if clip(row) not in dense]
-    check_alike((row["commit"] for row in untied), "commit", source)
+    for name in ("commit", "dense_kernel"):
+        check_alike((row[name] for row in untied), name, source)
 
 
 def fixed(row: Row, name: str) -> Any:
@@ -85,19 +89,21 @@ def grouped(rows: Sequence[Row]) -> Cells:
 
 
 def _caveats(rows: Sequence[Row], source: str) -> list[str]:
-    """What pocket's numbers are no evidence of, and on what methods were calibrated: ValueError if on these clips."""
+    """What pocket's numbers are no evidence of, and on what methods were calibrated: ValueError if on a prompt
+    or a seed of these."""
     found = ["Pocket's numbers are no evidence about larger models."] if rows[0]["model"] == "pocket" else []
-    clips = {clip(row) for row in rows}
     calibrated: dict[tuple[Any, ...], set[str]] = defaultdict(set)
     for row in rows:
         if of := (row.get("method_settings") or {}).get("calibrated"):
             calibrated[tuple(of["prompts"]), tuple(of["seeds"])].add(row["method"])
     for (prompts, seeds), methods in calibrated.items():
         names = ", ".join(sorted(methods))
-        if used := clips & {(prompt, seed) for prompt in prompts for seed in seeds}:
-            raise ValueError(f"{source}: {names} was calibrated on clips of this table, as {min(used)}")
-        where = f"{len(prompts)} prompts x {len(seeds)} seeds"
-        found.append(f"Calibrated on {where} that are not among the clips here: {names}.")
+        for name, values in (("prompt", prompts), ("seed", seeds)):
+            if used := {row[name] for row in rows} & set(values):
+                raise ValueError(f"{source}: {names} was calibrated on a {name} of this table, {min(used)!r}")
+        found.append(
+            f"Calibrated on {len(prompts)} prompts x {len(seeds)} seeds, none of them of the clips here: {names}."
+        )
     return found
 
 
@@ -128,19 +134,24 @@ def _pivot(cells: Cells, name: str, across: str, note: str = "") -> Table:
     down = "sparsity" if across == "warmup" else "warmup"
     found: dict[tuple[str, Any], Row] = {}
     levels: dict[Any, str] = {}
+    steps = all_steps(cells)
     for (setting, method), group in cells.items():
         if method != "dense":
             level, row = getattr(setting, across), getattr(setting, down)
             psnr, lpips = mean(group, "psnr_db"), mean(group, "lpips")
             numbers = [format(x, form) if x is not None else "-" for x, form in ((psnr, ".1f"), (lpips, ".3f"))]
             text = f"{' / '.join(numbers)} ({sum(map(ok, group))})"
+            if off := missed_by(group):
+                text += f", {off}"
+            if group[0]["steps"] not in (None, steps):
+                text += f", {group[0]['steps']} steps"
             if setting.knob:
                 text += f", {mean(group, 'sparsity_achieved') or 0:.0%} by {setting.knob}"
             if setting.knob and across == "sparsity":
                 level = math.inf  # stands at none, so it comes last
             levels[level] = "own knob" if level == math.inf else f"{level:.0%}"
             found.setdefault((method, row), {"method": method, down: row})[levels[level]] = text
-    columns: dict[str, Column] = {"PSNR dB / LPIPS (clips)": "`{method}`"}
+    columns: dict[str, Column] = {"PSNR dB / LPIPS (clips)": lambda row: f"`{row['method']}`{label(row['method'])}"}
     if len({row for _, row in found}) > 1:
         columns[down] = f"{{{down}:g}}"
     columns |= {levels[level]: f"{{{levels[level]}}}" for level in sorted(levels)}
@@ -162,6 +173,18 @@ def mean(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
+def all_steps(cells: Cells) -> int | None:
+    """The steps of what does not take fewer."""
+    return max((row["steps"] or 0 for group in cells.values() for row in group), default=0) or None
+
+
+def missed_by(group: Sequence[Row]) -> str | None:
+    """What labels the rows of one method at one setting if, on the mean of the clips that worked, theirs was missed."""
+    asked: float = {**group[0], **(group[0]["method_settings"] or {})}["sparsity"]  # 0 for controls of dense
+    achieved = mean(list(filter(ok, group)), "sparsity_achieved")
+    return None if achieved is None or group[0]["knob"] else missed(asked, achieved)
+
+
 def summary(group: Sequence[Row]) -> Row:
     """The values of one method at one setting: clips, and the mean of each measure over those that worked."""
     worked = list(filter(ok, group))
@@ -173,7 +196,23 @@ def summary(group: Sequence[Row]) -> Row:
     values |= {name: mean(quality, name) for name in ("motion_right", "scene_right")}
     values |= {name: mean(worked, name) for name in ("generate_s", "speedup_generate", "speedup_attention")}
     setting = Setting.of(group[0])
+    clips_missed = sum(missed_by([row]) is not None for row in worked)
+    values |= {"missed": missed_by(group), "clips_missed": clips_missed, "steps": group[0]["steps"]}
     return {**setting._asdict(), "method": group[0]["method"], "clips": clips, **values}
+
+
+def _achieved(steps: int | None) -> Column:
+    """Its sparsity, with a mark if that is not the row's; of what took fewer than `steps`, its steps."""
+
+    def text(row: Row) -> str:
+        if row["steps"] not in (None, steps):
+            return f"{row['steps']} of {steps} steps"
+        if row["sparsity_achieved"] is None:
+            return "-"
+        some = f" ({row['clips_missed']} off)" if row["clips_missed"] else ""
+        return f"{row['sparsity_achieved']:.3f}{' *' if row['missed'] else some}"
+
+    return text
 
 
 def _methods(cells: Cells, rule: Contrasts) -> Table:
@@ -189,10 +228,15 @@ def _methods(cells: Cells, rule: Contrasts) -> Table:
         "executed pairs of all steps, layers and text; motion, scene: share of clips in which pocket's judge sees what "
         f"was asked for. The dense clips: motion {motion}, scene {scene}."
     )
+    if any(row["missed"] for row in rows):
+        each = (f"{named(row)} {row['missed']}" for row in rows if row["missed"])
+        note += f" *: off by more than 2 points, 1 beyond 90%, so no row of that sparsity: {', '.join(each)}."
+    if any(row["clips_missed"] and not row["missed"] for row in rows):
+        note += " (n off): single clips that are off by as much, where the mean is not."
     if timed:
         note += " Generate s, and what divides by it, is the first clip's of a job, which alone is timed."
     columns: dict[str, Column] = labels(cells) | {
-        "clips": "{clips}", "achieved": "{sparsity_achieved:.3f}", "density": "{density_effective:.3f}",
+        "clips": "{clips}", "achieved": _achieved(all_steps(cells)), "density": "{density_effective:.3f}",
     }  # fmt: skip
     for name, form in zip(METRICS, (".2f", ".3f", ".3f"), strict=True):
         bare = f"{{{name}:{form}}}"
@@ -242,7 +286,8 @@ def _diagnostics(notes: Sequence[Row]) -> Table:
         f"Means over the active calls of one clip: {', '.join(prompts)}. error: ||O - O_sparse|| / ||O||; mass: the "
         "share of attention that the kept blocks recall. By layer and step in results/records."
     )
-    columns = {"sparsity": "{sparsity:g}", "method": "{method}", "error": "{error:.3f}", "mass": "{mass:.3f}"}
+    columns: dict[str, Column] = {"sparsity": "{sparsity:g}", "method": named}
+    columns |= {"error": "{error:.3f}", "mass": "{mass:.3f}"}
     rows = [{name: n[name] for name in ("sparsity", "method")} | n["mean"] for n in notes]
     return Table("diagnostics", columns, rows, "On the dense trajectory", note)
 

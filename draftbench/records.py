@@ -102,6 +102,12 @@ def upgrade(record: Mapping[str, Any]) -> dict[str, Any]:
     return {name: None for name in _fields(record) if name not in record} | {**record, "schema_version": SCHEMA_VERSION}
 
 
+def missed(sparsity: float, achieved: float) -> str | None:
+    """What labels a row whose sparsity was missed by 2 points, 1 beyond 90%: "achieved 0.933 of 0.9"; None if met."""
+    off = abs(achieved - sparsity) > (0.01 if sparsity > 0.9 else 0.02) + 1e-9
+    return f"achieved {achieved:.3f} of {sparsity:g}" if off else None
+
+
 def cell_id(identity: Mapping[str, Any]) -> str:
     """First 16 hex digits of the SHA-256 of the canonical JSON of everything that shapes the cell; 1 is not 1.0."""
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)

@@ -337,12 +337,15 @@ class Job:
         return values | self.counted(clip) | digests
 
     def counted(self, clip: Clip) -> dict[str, Any]:
-        """The counted densities of a clip; why nothing else is known of it, where that is so."""
+        """The counted densities of a clip, labelled where they are not what was asked for; why nothing else is known of
+        it, where that is so."""
         values = {"sparsity_achieved": clip.sparsity, "density_effective": clip.density}
-        why: dict[str, Any] = {"no_quality": self.no_quality} if self.no_quality else {}
-        if why and isinstance(self.method, Knobbed):  # what it keeps depends on the data, which are no video's
-            why["labels"] = {"density": "of random weights"}
-        return values | {"fallback_rows": clip.fallback_rows} | why
+        labels: dict[str, str] = {}
+        if self.no_quality and isinstance(self.method, Knobbed):  # what it keeps depends on the data, no video's
+            labels["density"] = "of random weights"
+        if not self.method.given and (missed := records.missed(self.method.sparsity, clip.sparsity)):
+            labels["sparsity"] = missed
+        return values | {"fallback_rows": clip.fallback_rows, "no_quality": self.no_quality, "labels": labels or None}
 
     def record(self, cell: Cell, status: str = "ok", **values: Any) -> dict[str, Any]:
         """A record of this job's cell."""

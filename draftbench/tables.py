@@ -2,9 +2,10 @@
 
 For each file of records a Markdown page, and a CSV and a LaTeX file of each of its tables; a short form of it between
 the README's markers `<!-- table NAME -->` and `<!-- end -->`; a page for each paper of results/quoted; pictures of the
-benchmarks, and of quality over time, in results/figures, which hold the digest of their records. `paper=NAME` prints
-one paper's page and writes nothing. Keys: conf/tables.yaml. Exit codes: 0; 1 if `--check` finds something out of date
-or a record is damaged, which no table has then; 2 if nothing was done.
+benchmarks, and of quality over time, in results/figures, which hold the digest of their records and of what draws them.
+Files there that no record makes are named and never deleted. `paper=NAME` prints one paper's page and writes nothing.
+Keys: conf/tables.yaml. Exit codes: 0; 1 if `--check` finds something out of date or made from no record, or a record is
+damaged, which no table has then; 2 if nothing was done.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from hydra import compose, initialize_config_module
@@ -33,11 +36,13 @@ from . import (
     records,
     schema,
     step_tables,
+    tabular,
 )  # fmt: skip
 from .help import CONFIGS
 from .tabular import Page
 
 Rows = list[dict[str, Any]]
+Picture = tuple[str, Callable[[Path, str], None]]  # its digest, and what draws it to a path with that digest in it
 # By the kind of records: those of benches.
 DRAWN: dict[str, Any] = {"attention": attention_tables, "methods": estimate_tables, "step": step_tables}
 
@@ -90,9 +95,9 @@ def _all(config: DictConfig) -> int:
         raise ValueError("two pages have one name: rename a file of records or of quoted numbers")
     if (readme_path := Path(config.readme)).is_file():
         files[readme_path] = readme(readme_path.read_text(), {name: short(group) for name, group in by_name.items()})
-    pictures = {Path(config.figures) / f"{s.stem}.png": s for s, group in rows.items() if _kind(group) in DRAWN}
-    stale = [path for path, source in pictures.items() if _drawn_from(path) != _digest(source)]
-    stale += [path for path, text in files.items() if not path.is_file() or path.read_text() != text]
+    pictures = _pictures(config, {source.stem: source for source in rows}, by_name)
+    stale = [path for path, text in files.items() if not path.is_file() or path.read_text() != text]
+    stale += [path for path, (digest, _) in pictures.items() if _drawn_from(path) != digest]
     for path in stale:
         if config.check:
             print(f"{path} is out of date; run `make tables`", file=sys.stderr)
@@ -101,29 +106,29 @@ def _all(config: DictConfig) -> int:
             if path in files:
                 temporary.write_text(files[path])
             else:
-                group = rows[pictures[path]]
-                DRAWN[_kind(group)].figure(group, temporary, _digest(pictures[path]))
+                digest, draw = pictures[path]
+                draw(temporary, digest)
         print(path)
-    late = _frontier(config, {source.stem: source for source in rows}, by_name)
-    return max(_tell(damaged), int(bool(config.check and (stale or late))))
+    kinds = [(out, kind) for kind in ("md", "csv", "tex")] + [(Path(config.figures), "png")]
+    left = sorted({path for folder, kind in kinds for path in folder.glob(f"*.{kind}")} - {*files, *pictures})
+    for path in left if not damaged else []:  # what cannot be read may have made it
+        print(f"{path} is made from none of the records in {config.records}; delete it", file=sys.stderr)
+    return max(_tell(damaged), int(bool(config.check and (stale or left))))
 
 
-def _frontier(config: DictConfig, sources: dict[str, Path], rows: dict[str, Rows]) -> bool:
-    """Draw the picture of quality over time if it is out of date, or with check tell it; whether it was."""
+def _pictures(config: DictConfig, sources: dict[str, Path], rows: dict[str, Rows]) -> dict[Path, Picture]:
+    """The pictures of the benches' records and, if both of its files are there, of quality over time."""
+    folder, rule = Path(config.figures), _rule(config)
+    found: dict[Path, Picture] = {}
+    for name, group in rows.items():
+        if bench := DRAWN.get(_kind(group)):
+            found[folder / f"{name}.png"] = _digest(bench, sources[name]), partial(bench.figure, group)
     names = str(config.frontier.quality), str(config.frontier.time)
-    if not set(names) <= set(rows):
-        return False
-    path = Path(config.figures) / f"{names[0]}_frontier.png"
-    digest = hashlib.sha256("".join(_digest(sources[name]) for name in names).encode()).hexdigest()
-    if _drawn_from(path) == digest:
-        return False
-    if config.check:
-        print(f"{path} is out of date; run `make tables`", file=sys.stderr)
-        return True
-    with records.replacing(path) as temporary:
-        frontier.figure(rows[names[0]], rows[names[1]], names, _rule(config), temporary, digest)
-    print(path)
-    return True
+    if set(names) <= set(rows):
+        digest = _digest(frontier, *(sources[name] for name in names), settings=repr(rule))
+        draw = partial(frontier.figure, rows[names[0]], rows[names[1]], names, rule)
+        found[folder / f"{names[0]}_frontier.png"] = digest, draw
+    return found
 
 
 def _rule(config: DictConfig) -> contrasts.Contrasts:
@@ -175,8 +180,12 @@ def _paper(name: str, config: DictConfig, rows: Rows) -> Page:
     return paper_tables.page(name, paper, paper_tables.read(Path(config.quoted) / f"{name}.csv"), rows)
 
 
-def _digest(source: Path) -> str:
-    return hashlib.sha256(source.read_bytes()).hexdigest()
+def _digest(draws: ModuleType, *sources: Path, settings: str = "") -> str:
+    """Of all that a picture depends on: its records, the sources of what draws it, and settings."""
+    digest = hashlib.sha256(settings.encode())
+    for path in (*sources, *(Path(str(module.__file__)) for module in (draws, tabular))):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def _drawn_from(path: Path) -> str | None:
@@ -185,7 +194,7 @@ def _drawn_from(path: Path) -> str | None:
 
     try:
         with Image.open(path) as picture:
-            return picture.info.get("records")
+            return picture.info.get("digest")
     except OSError:
         return None
 

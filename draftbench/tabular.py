@@ -9,6 +9,8 @@ import csv
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from string import Formatter
 from typing import Any, TypeAlias
@@ -20,6 +22,7 @@ Row: TypeAlias = Mapping[str, Any]
 # a function of the row.
 Column: TypeAlias = str | tuple[str, ...] | Callable[[Any], str]
 _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\^{}"}
+_LATEX |= {"<": "\\textless{}", ">": "\\textgreater{}"}
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Table:
         """A `table` float for booktabs, its caption the page and title; what one must know stands in comments."""
         body = self.cells()
         sides = [
-            "r" if any(cell[:1] in "+-0123456789" for cell in column) else "l" for column in zip(*body, strict=True)
+            "r" if any(cell[:1] in "<+-0123456789" for cell in column) else "l" for column in zip(*body, strict=True)
         ]
         lines = [" & ".join(map(_escape, line)) + r" \\" for line in [list(self.columns), *body]]
         caption = f"{page}: {self.title or self.name}"
@@ -114,6 +117,21 @@ def _escape(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in text)
 
 
+@cache
+def label(method: str) -> str:
+    """What tables say behind the name of a method, " (mask only)", of its class today; nothing of most."""
+    from .attention import Method
+
+    try:
+        found = vars(import_module(module := f"draftbench.methods.{method}"))
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        return ""  # a method that went, or of others
+    kinds = (x for x in found.values() if isinstance(x, type) and issubclass(x, Method) and x.__module__ == module)
+    return "".join(f" ({kind.label})" for kind in kinds if kind.label)
+
+
 def ok(row: Row) -> bool:
     """Whether a record has what it was to measure."""
     return bool(row["status"] == "ok")
@@ -147,5 +165,5 @@ def canvas(width: float, height: float) -> Any:
 
 
 def save(picture: Any, path: Path, digest: str) -> None:
-    """Write a figure as PNG, with the digest of the records that it shows in its metadata."""
-    picture.savefig(path, format="png", dpi=120, metadata={"records": digest, "Software": None})
+    """Write a figure as PNG, with the digest of what it was made from in its metadata."""
+    picture.savefig(path, format="png", dpi=120, metadata={"digest": digest, "Software": None})

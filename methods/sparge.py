@@ -32,6 +32,7 @@ class Sparge(Knobbed):
     cdf: float | None = None
     similarity: float | None = None
     block: int = 128
+    label: ClassVar[str] = "mask only"
     knob: ClassVar[str] = "cdf"
 
     def __post_init__(self) -> None:

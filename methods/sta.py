@@ -36,6 +36,7 @@ class STA(Method):
     window: Window | None = None
     windows: str = field(default="uniform", init=False)  # for the records
     knob: ClassVar[str] = "window"
+    label: ClassVar[str] = "uniform windows"
 
     def __post_init__(self) -> None:
         super().__post_init__()

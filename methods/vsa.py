@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ class VSA(Method):
     """
 
     cube: tuple[int, int, int] = (4, 4, 4)
+    label: ClassVar[str] = "untrained"
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Plan:
         """See `Method.plan`."""

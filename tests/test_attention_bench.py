@@ -244,7 +244,11 @@ def test_rows_say_that_the_dense_kernel_failed(monkeypatch, tmp_path, capsys):
     assert rows["sdpa"]["status"] == "ok"
     text = (tmp_path / "run" / "table.md").read_text()
     assert "- kernel_cpu (captured 0.5): no dense time (sdpa): RuntimeError: out of" in text
+    drawn = []
+    monkeypatch.setattr(attention_tables, "save", lambda picture, *_: drawn.append(picture))
     attention_tables.figure(list(rows.values()), tmp_path / "a.png", "digest")
+    lines = {line.get_label(): line for line in drawn[0].axes[0].lines}
+    assert len({lines[name].get_marker() for name in ("sdpa", "kernel_cpu", "draft_cpu")}) == 3
 
 
 def test_a_pass_for_the_parts_that_raises_loses_no_row(monkeypatch, tmp_path):

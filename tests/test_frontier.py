@@ -4,7 +4,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from draftbench import frontier, records, tables
+from draftbench import frontier, records, tables, tabular
 from draftbench.contrasts import Contrasts
 
 RULE = Contrasts(("random", "draft"), ("psnr_db",), 1000, 0)
@@ -59,26 +59,57 @@ def test_each_axis_names_its_source(tmp_path, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k))[1])
     names = ("pocket_headline", "methods")
     frontier.figure(CELLS, TIMES, names, RULE, tmp_path / "a.png", "abc")
-    assert Image.open(tmp_path / "a.png").info["records"] == "abc"
+    assert Image.open(tmp_path / "a.png").info["digest"] == "abc"
     axes, other = drawn[0].axes
     assert "pocket at 16x32x48" in axes.get_ylabel() and "(pocket_headline)" in axes.get_ylabel()
     assert axes.get_title() == "hunyuan_768p at 90% sparsity" and [text.get_text() for text in axes.texts] == ["draft"]
     assert drawn[0].get_suptitle().endswith("as their timed calls drop another share: svg.")
     assert "hunyuan_768p on H200 (methods)" in axes.get_xlabel() and "wan_720p on H200" in other.get_xlabel()
+    near = [*TIMES, timed("oracle", ms=8.0), timed("sta")]
+    cells = [row | {"dense": {"steps": 0.25, "layers": 0}} for row in (*CELLS, cell("oracle"), cell("sta"))]
+    frontier.figure([row for row in cells if row["sparsity"] != 0.5], near, names, RULE, tmp_path / "c.png", "abc")
+    axes = drawn[1].axes[0]
+    assert (
+        axes.get_ylabel().endswith("first 25% of steps dense")
+        and "dense" not in other.get_ylabel().split("to dense")[1]
+    )
+    assert {text.get_text(): text.get_ha() for text in axes.texts} == {
+        "draft": "left",
+        "oracle": "right",
+        "sta": "left",
+    }
+    assert "`" not in drawn[1].get_suptitle() and "sta (uniform windows)." in drawn[1].get_suptitle()
     with pytest.raises(ValueError, match="and methods have no method at a sparsity in common"):
         frontier.figure(CELLS, [timed("vsa")], names, RULE, tmp_path / "b.png", "abc")
 
 
-def test_it_is_drawn_once_both_files_are_there(tmp_path, capsys):
-    config = tables._configured([f"figures={tmp_path / 'figures'}"])
-    check = tables._configured([f"figures={tmp_path / 'figures'}", "check=true"])
-    files = {name: tmp_path / f"{name}.jsonl" for name in (config.frontier.quality, config.frontier.time)}
+def test_it_is_drawn_once_both_files_are_there_and_again_when_what_it_is_made_of_changes(tmp_path, monkeypatch):
+    figures = f"figures={tmp_path / 'figures'}"
+    config = tables._configured([figures])
+    names = config.frontier.quality, config.frontier.time
+    files = {name: tmp_path / f"{name}.jsonl" for name in names}
     for path in files.values():
         path.write_text(path.name)
-    rows = dict(zip(files, (CELLS, TIMES), strict=True))
-    assert not tables._frontier(config, files, {config.frontier.quality: CELLS})
-    assert tables._frontier(check, files, rows)
-    assert "pocket_headline_frontier.png is out of date" in capsys.readouterr().err
-    assert tables._frontier(config, files, rows) and not tables._frontier(check, files, rows)
-    files[config.frontier.time].write_text("other")
-    assert tables._frontier(check, files, rows)
+    rows = dict(
+        zip(files, (CELLS, [row | {"plan_ms": row["ms"], "kernel_ms": row["ms"]} for row in TIMES]), strict=True)
+    )
+    path = tmp_path / "figures" / "pocket_headline_frontier.png"
+    assert path not in tables._pictures(config, files, {names[0]: CELLS})
+
+    def made(config=config):
+        return tables._pictures(config, files, rows)
+
+    for picture, (digest, draw) in made().items():
+        twice = [tmp_path / f"{number}.png" for number in (0, 1)]
+        for one in twice:
+            draw(one, digest)
+        assert twice[0].read_bytes() == twice[1].read_bytes() and tables._drawn_from(twice[0]) == digest, picture
+    digests = [made()[path][0], made(tables._configured([figures, "contrasts.draws=5000"]))[path][0]]
+    files[names[1]].write_text("other")
+    digests.append(made()[path][0])
+    (tmp_path / "draws.py").write_text("other")
+    monkeypatch.setattr(frontier, "__file__", str(tmp_path / "draws.py"))
+    digests.append(made()[path][0])
+    monkeypatch.setattr(tabular, "__file__", str(tmp_path / "draws.py"))
+    digests.append(made()[path][0])
+    assert len(set(digests)) == 5

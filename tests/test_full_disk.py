@@ -25,7 +25,8 @@ def promoted(n):
 
 (root / "in").mkdir()
 (root / "R.md").write_text("<!-- table some -->\\n<!-- end -->\\n")
-keys = [f"records={root}/in", f"out={root}/out", f"readme={root}/R.md", "quoted=nowhere", "contrasts.draws=1000"]
+keys = [f"records={root}/in", f"out={root}/out", f"readme={root}/R.md", "quoted=nowhere", "contrasts.draws=1000",
+        "figures=nowhere"]
 promoted(3)
 assert tables.main(keys) == 0
 records.write(row(), root / "record.json")

@@ -37,6 +37,10 @@ def test_every_method_has_its_times_or_its_reason(run):
         if name in ("svg2", "xattention", "sparge"):  # a knob that was set for this call
             assert abs(row["sparsity_achieved"] - 0.6) < 0.01
     text = (folder / "table.md").read_text()
+    off = {name for name, row in rows.items() if abs(row["sparsity_achieved"] - 0.6) > 0.02}
+    cells = [line.split(" | ")[2:4] for line in text.splitlines() if line.startswith("| tiny | 0.6 | ")]
+    assert {name.split()[0] for name, achieved in cells if achieved.endswith(" *")} == off and "re_ttention" in off
+    assert "| sparge (mask only) |" in text
     assert all(name in text for name in (*rows, "svg", "jenga"))
 
 
@@ -52,12 +56,20 @@ def test_what_a_method_keeps_between_steps_is_there_and_stays_as_it_was():
     assert (two.state["q"] == centroids).all() and {n: id(v) for n, v in one.state.items()} == before
 
 
-def test_the_picture_and_rows_that_share_no_table(run, tmp_path):
+def test_the_picture_and_rows_that_share_no_table(run, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
     from PIL import Image
 
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k))[1])
     rows = list(run[2].values())
     estimate_tables.figure(rows, tmp_path / "x.png", "abc")
-    assert Image.open(tmp_path / "x.png").info["records"] == "abc"
+    assert Image.open(tmp_path / "x.png").info["digest"] == "abc"
+    (axes,) = drawn[0].axes
+    bars = dict(zip((text.get_text() for text in axes.get_yticklabels()), axes.containers[0], strict=True))
+    dropped = run[2]["re_ttention"]["sparsity_achieved"]
+    assert bars[f"re_ttention {dropped:.3f} (asked 0.6) tiny"].get_hatch() and not bars["draft 0.6 tiny"].get_hatch()
+    assert "hatched" in axes.get_xlabel() and not any(patch.get_hatch() for patch in axes.get_legend().get_patches())
     with pytest.raises(ValueError, match="x: rows with different device share no table"):
         estimate_tables.page([rows[0], rows[0] | {"device": "another"}], "x")
 

@@ -66,6 +66,14 @@ def test_a_job_makes_one_record_a_cell_with_all_fields(job):
     assert rows[2]["quality"]["method"]["scene_right"] is None  # "walk forward" asks for no scene
 
 
+def test_a_sparsity_that_was_missed_is_labelled(job):
+    for method, labels in (("vsa", {"sparsity": "achieved 0.939 of 0.95"}), ("draft", None)):
+        (row,) = job(f"method={method}", "sparsity=0.95")
+        assert row["labels"] == labels, row["sparsity_achieved"]
+    (row,) = job("method=radial", "sparsity=0", "method.decay=0.2")
+    assert row["sparsity_achieved"] > 0.1 and row["labels"] is None  # none was asked for
+
+
 def test_timings_are_of_both_and_divide_by_this_process_dense_one(job):
     (row,) = job("latency.enabled=true", "latency.repeats=3", "model.steps=4")
     assert (job.folder / "record.json").exists()

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from draftbench import contrasts, method_tables, rank_tables, records, tables
 
 RULE = contrasts.Contrasts(("random", "draft"), ("psnr_db", "ssim", "lpips"), 2000, 0)
 ROOT = Path(__file__).parent.parent
+NOWHERE = ("readme=nowhere", "quoted=nowhere", "figures=nowhere")
 COMMITTED = sorted((ROOT / "results" / "records").glob("*.jsonl"))
 
 
@@ -58,6 +60,19 @@ def test_the_table_has_means_over_clips():
     assert "pocket, token grid 8x16x24, weights `aaaaaaaaaaaa`, on one H100, torch 2.13, commit `cccccccccccc`" in text
 
 
+def test_a_bound_is_told_from_a_value_and_draws_that_resolve_nothing_are_refused():
+    rows = [row("random", prompt=str(p), seed=0, psnr=20.0) for p in range(9)]
+    rows += [row(prompt=str(p), seed=0, psnr=20.0 + (9 if p else -9)) for p in range(9)]
+    ((found,), _) = (table.rows for table in contrasts.contrasts(method_tables.grouped(rows), RULE))
+    assert found["psnr_db_below"] == "" and found["psnr_db_p"] > 2 / 2001 and found["ssim_below"] == ""
+    rows = [row(m, seed=s, psnr=p) for m, p in (("random", 20.0), ("draft", 25.0), ("a", 30.0)) for s in (0, 1)]
+    few = contrasts.Contrasts(("random", "draft"), ("psnr_db", "ssim", "lpips"), 478, 0)
+    reason = "contrasts.draws must be at least 479 for 12 contrasts on a page, got 478: no corrected p-value would be"
+    with pytest.raises(ValueError, match=reason):
+        method_tables.page(rows, "some", few)
+    assert "<0.05" in method_tables.page(rows, "some", replace(few, draws=479)).markdown()
+
+
 def test_contrasts_are_paired_by_prompt_and_seed():
     rows = [row("random", prompt=p, seed=s, psnr=20.0 + 3 * s) for p in ("a", "b") for s in (0, 1)]
     rows += [row("draft", prompt=p, seed=s, psnr=25.0 + 3 * s) for p in ("b", "a") for s in (1, 0)]
@@ -68,7 +83,8 @@ def test_contrasts_are_paired_by_prompt_and_seed():
     minus_random, minus_draft = text.split("## Minus ")[1:]
     found = line(minus_random, "| 0.75 | draft")
     assert found[2::2] == ["+5.000 [+5.000, +5.000]", "+0.100 [+0.100, +0.100]", "+0.050 [+0.050, +0.050]"]
-    assert set(found[3::2]) == {"0.006"}  # 2 of 2001 draws, for six contrasts
+    assert set(found[3::2]) == {"<0.006"}  # 2 of 2001 draws, for six contrasts
+    assert "< stands where none lies there: 0.006, 6 times 2 of 2001, is the least" in minus_random
     assert line(minus_draft, "| 0.75 | random")[2] == "-5.000 [-5.000, -5.000]"
     assert "| 0.9 |" not in minus_random and "| random" not in minus_random
 
@@ -77,7 +93,7 @@ def test_contrasts_are_paired_by_prompt_and_seed():
     ("name", "other"),
     [
         ("device", "H200"), ("versions", {"torch": "2.11"}), ("weights_hash", "b" * 64), ("grid", [16, 32, 48]),
-        ("model", "hunyuan_video"), ("commit", "d" * 40),
+        ("model", "hunyuan_video"), ("commit", "d" * 40), ("dense_kernel", "fa4"),
     ],
 )  # fmt: skip
 def test_a_table_never_mixes(name, other):
@@ -98,6 +114,25 @@ def test_a_method_at_its_own_knob_stands_apart():
     assert short.splitlines()[-1] == "| `svg2` | - | 30.0 / 0.300 (1) | 40.0 / 0.300 (2), 62% by top_p=0.9 |"
 
 
+def test_labels_steps_and_missed_sparsities_are_shown():
+    names = ("draft", "sparge", "vsa", "sta", "sta_searched")
+    rows = [row(name, steps=20, seed=seed, sparsity_achieved=0.74) for name in names for seed in (0, 1)]
+    rows += [row("svg", steps=20, seed=s, sparsity_achieved=x) for s, x in ((0, 0.6), (1, 0.7))]
+    rows += [row("jenga", steps=20, seed=s, sparsity_achieved=x) for s, x in ((0, 0.7), (1, 0.79))]
+    few = {"sparsity_achieved": 0.0, "method_settings": {"sparsity": 0.0, "like": {}}}
+    rows += [row("fewer_steps", steps=14, seed=seed, **few) for seed in (0, 1)]
+    text, short = markdown(rows, "some"), method_tables.short(rows).grid()
+    for name, label in (("sparge", " (mask only)"), ("vsa", " (untrained)"), ("sta", " (uniform windows)")):
+        assert text.count(f"| {name}{label} |") == 3  # means, spread, contrasts
+        assert f"| `{name}`{label} | 30.0" in short
+    assert line(text, "| 0.75 | draft | 2")[3] == "0.740" and line(text, "| 0.75 | sta_searched | 2")[3] == "0.740"
+    assert line(text, "| 0.75 | fewer_steps | 2")[3] == "14 of 20 steps"
+    assert line(text, "| 0.75 | svg | 2")[3] == "0.650 *" and line(text, "| 0.75 | jenga | 2")[3] == "0.745 (2 off)"
+    assert "so no row of that sparsity: svg achieved 0.650 of 0.75." in text
+    assert line(short, "| `fewer_steps`")[1] == "30.0 / 0.300 (2), 14 steps"
+    assert line(short, "| `svg`")[1] == "30.0 / 0.300 (2), achieved 0.650 of 0.75"
+
+
 UNTIMED = dict.fromkeys(("generate_s", "speedup_generate", "speedup_attention"))
 DENSE = row("dense", 0.0, psnr=100.0, frames_sha256="e" * 64, **UNTIMED)
 
@@ -109,6 +144,7 @@ def of_another_commit(**values):
 def test_methods_of_two_commits_share_a_table_if_their_dense_clips_do():
     text = markdown([DENSE, row(**UNTIMED), of_another_commit()], "some")
     assert "the same dense clips at commits `cccccccccccc` (dense, draft), `dddddddddddd` (svg2)." in text
+    assert markdown([DENSE, row(**UNTIMED), of_another_commit(dense_kernel="fa4")], "some") == text
     tied = row(reference_sha256="e" * 64, **UNTIMED)
     assert "(draft), `dddddddddddd` (svg2)" in markdown([tied, of_another_commit()], "some")
 
@@ -122,6 +158,11 @@ def test_methods_of_two_commits_share_a_table_if_their_dense_clips_do():
         ([DENSE, row(**UNTIMED), of_another_commit(seed=7)], "different commit"),
         ([DENSE | {"commit": "d" * 40, "reference_sha256": "e" * 64}, row(**UNTIMED)], "different commit"),
         ([DENSE, row(**UNTIMED), of_another_commit(generate_s=2.0)], "different commit"),
+        ([DENSE, row(**UNTIMED), row(seed=1, dense_kernel="fa4", **UNTIMED)], "different dense_kernel"),
+        (
+            [DENSE, row(**UNTIMED), of_another_commit(commit="c" * 40, dense_kernel="fa4", generate_s=2.0)],
+            "different dense_kernel",
+        ),
         ([DENSE, of_another_commit(), of_another_commit(commit="f" * 40)], "svg2 at 0.75 has different commit"),
     ],
 )
@@ -172,15 +213,17 @@ def test_warm_ups_have_a_column_each_and_no_mean_over_them():
     assert markdown([r | {"method_settings": settings[r["dense"]["steps"]]} for r in rows], "some") == text
 
 
-def test_calibrated_clips_are_not_those_of_the_table():
-    def calibrated(prompts):
-        of = {"value": 0.5, "achieved": 0.75, "prompts": prompts, "seeds": [0, 7]}
+def test_a_table_has_no_prompt_and_no_seed_of_a_calibration():
+    def calibrated(prompts, seeds):
+        of = {"value": 0.5, "achieved": 0.75, "prompts": prompts, "seeds": seeds}
         return row("svg2", method_settings={"calibrated": of})
 
-    text = markdown([calibrated(["step left"])], "some")
-    assert "Calibrated on 1 prompts x 2 seeds that are not among the clips here: svg2." in text
-    with pytest.raises(ValueError, match="svg2 was calibrated on clips of this table, as "):
-        markdown([calibrated(["turn left"])], "some")
+    text = markdown([calibrated(["step left"], [6, 7])], "some")
+    assert "Calibrated on 1 prompts x 2 seeds, none of them of the clips here: svg2." in text
+    for prompts, seeds, used in ((["turn left"], [7], "prompt of this table, 'turn left'"),
+                                 (["step left"], [0, 7], "seed of this table, 0")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"^some: svg2 was calibrated on a {used}$"):
+            markdown([calibrated(prompts, seeds)], "some")
 
 
 def test_the_readme_is_filled_between_its_markers(capsys):
@@ -195,7 +238,8 @@ def test_the_readme_is_filled_between_its_markers(capsys):
 
 
 def test_the_command_writes_checks_and_says_what_is_stale(tmp_path, capsys):
-    keys = [f"records={tmp_path / 'in'}", f"out={tmp_path / 'out'}", f"readme={tmp_path / 'R.md'}", "quoted=nowhere"]
+    keys = [f"{name}={tmp_path / path}" for name, path in (("records", "in"), ("out", "out"), ("readme", "R.md"))]
+    keys += [f"figures={tmp_path / 'figures'}", "quoted=nowhere"]
     assert tables.main(keys) == 2 and "must be a folder with .jsonl files" in capsys.readouterr().err
     (tmp_path / "in").mkdir()
     records.write(row(), tmp_path / "record.json")
@@ -213,6 +257,16 @@ def test_the_command_writes_checks_and_says_what_is_stale(tmp_path, capsys):
         (tmp_path / name).write_text("<!-- table some -->\nother\n<!-- end -->\n")
         assert tables.main([*keys, "--check"]) == 1 and f"{name} is out of date" in capsys.readouterr().err
         assert tables.main(keys) == 0
+    left = [tmp_path / name for name in ("out/old.md", "out/some.old.csv", "out/some.old.tex", "figures/old.png")]
+    (tmp_path / "figures").mkdir()
+    for path in [*left, tmp_path / "out" / "notes.txt"]:
+        path.write_text("of records that went")
+    assert capsys.readouterr().err == "" and tables.main(keys) == 0 and all(path.exists() for path in left)
+    told = capsys.readouterr().err
+    assert tables.main([*keys, "--check"]) == 1 and capsys.readouterr().err == told
+    assert told.splitlines() == [
+        f"{path} is made from none of the records in {tmp_path / 'in'}; delete it" for path in sorted(left)
+    ]
 
 
 def test_a_damaged_row_is_named_and_the_others_have_their_tables(tmp_path, capsys):
@@ -220,7 +274,7 @@ def test_a_damaged_row_is_named_and_the_others_have_their_tables(tmp_path, capsy
     lines = [json.dumps(row(seed=seed, psnr=30.0 + seed)) for seed in (0, 1, 2)]
     (tmp_path / "in" / "some.jsonl").write_text("\n".join([*lines[:2], lines[2][:99]]))
     (tmp_path / "in" / "none.jsonl").write_text("{")
-    keys = [f"records={tmp_path / 'in'}", f"out={tmp_path / 'out'}", "readme=nowhere", "quoted=nowhere"]
+    keys = [f"records={tmp_path / 'in'}", f"out={tmp_path / 'out'}", *NOWHERE]
     assert tables.main(keys) == 1 == tables.main([*keys, "--check"])
     error = capsys.readouterr().err
     assert "some.jsonl, line 3, is not a draftbench record" in error and "none.jsonl, line 1" in error
@@ -276,7 +330,7 @@ def test_ten_thousand_records_take_less_than_ten_seconds(tmp_path):
     (tmp_path / "in" / "some.jsonl").write_text("\n".join(rows))
     assert len(cells) > 10_000
     start = time.monotonic()
-    keys = [f"records={tmp_path / 'in'}", f"out={tmp_path / 'out'}", "readme=nowhere", "quoted=nowhere"]
+    keys = [f"records={tmp_path / 'in'}", f"out={tmp_path / 'out'}", *NOWHERE]
     assert tables.main(keys) == 0
     assert time.monotonic() - start < 10
     text = (tmp_path / "out" / "some.md").read_text()
@@ -390,7 +444,7 @@ def test_what_must_be_the_same_is(change, message):
 
 
 def test_the_page_has_ranks_once_the_second_file_is_there(tmp_path):
-    keys = [f"records={tmp_path / 'in'}", f"out={tmp_path / 'out'}", "readme=nowhere", "quoted=nowhere"]
+    keys = [f"records={tmp_path / 'in'}", f"out={tmp_path / 'out'}", *NOWHERE]
     for name, found in (("some", trained(FIRST)), ("other", trained(AGAIN, "b"))):
         for number, one in enumerate(found):
             records.write(one, tmp_path / name / f"record_{number}.json")
