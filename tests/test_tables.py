@@ -306,7 +306,13 @@ def test_kill_9_in_a_write_cuts_no_table_and_the_same_command_makes_the_rest(whe
 
     (tmp_path / "in").mkdir()
     (tmp_path / "R.md").write_text("<!-- table some -->\n<!-- end -->\n")
-    keys = [f"records={tmp_path}/in", f"out={tmp_path}/out", f"readme={tmp_path}/R.md", "quoted=nowhere"]
+    keys = [
+        f"records={tmp_path}/in",
+        f"out={tmp_path}/out",
+        f"readme={tmp_path}/R.md",
+        "quoted=nowhere",
+        f"figures={tmp_path}/figures",
+    ]
     promoted(2)
     assert tables.main(keys) == 0
     before = tables_now()
