@@ -483,7 +483,26 @@ def test_compiled_blocks_stay_as_they_are_over_steps_layers_and_methods(family, 
     assert len(graphs) == made_first == counters["stats"]["unique_graphs"] and not counters["graph_break"]
     assert made_first <= 6
     for graph in graphs:
-        assert sum(node.target is torch.ops.draftbench.attend for node in graph.graph.nodes) == 1
+        operators = (torch.ops.draftbench.attend, torch.ops.draftbench.attend_joint)
+        assert sum(node.target in operators for node in graph.graph.nodes) == 1
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("family", ["hunyuan_video", "hunyuan_video_15", "mochi"])
+def test_compiled_blocks_take_texts_of_any_length(family, models, folders):
+    model, graphs = models(family), []
+    compiled = made(family, folders(family))
+    torch._dynamo.reset()
+    compiled.compile_blocks(compiled.pipe, lambda graph, inputs: graphs.append(graph) or graph.forward)
+    hooked(compiled, batch(SHORT, steps=2), Spy())
+    made_first, lengths = len(graphs), set()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for words in range(1, 11):
+            wanted, session = batch(" ".join(WORDS[:2] * words), steps=2), Spy()
+            difference = hooked(compiled, wanted, session) - hooked(model, wanted, Spy())
+            assert difference.abs().max() < 1e-5
+            lengths.add(session.asked[0]["layout"].text)
+    assert len(lengths) == 10 and len(graphs) == made_first
     torch._dynamo.reset()
 
 

@@ -28,22 +28,19 @@ class _Processor(Processor):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         from diffusers.models.embeddings import apply_rotary_emb
 
-        video, padded, real = hidden_states.shape[1], encoder_hidden_states.shape[1], self.hook.layout.text
+        video, padded = hidden_states.shape[1], encoder_hidden_states.shape[1]
         if attn.add_q_proj is None:  # a single-stream block: video and text share their projections
             both = torch.cat([hidden_states, encoder_hidden_states], 1)
             q, k, v = project(both, attn.heads, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k))
-            text_q, text_k = q[:, video : video + real], k[:, video : video + real]
-            q, k, v = q[:, :video], k[:, :video], v[:, : video + real]
+            (q, text_q), (k, text_k) = (x.split((video, padded), 1) for x in (q, k))
         else:
             added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
             norms = (attn.norm_added_q, attn.norm_added_k)
             q, k, v = project(hidden_states, attn.heads, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k))
-            text_q, text_k, text_v = (x[:, :real] for x in project(encoder_hidden_states, attn.heads, added, norms))
+            text_q, text_k, text_v = project(encoder_hidden_states, attn.heads, added, norms)
             v = torch.cat([v, text_v], 1)
         q, k = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (q, k))  # type: ignore[arg-type,assignment]
-        out = self.attend(torch.cat([q, text_q], 1), torch.cat([k, text_k], 1), v)
-
-        out, text = out[:, :video], torch.nn.functional.pad(out[:, video:], (0, 0, 0, padded - real))
+        out, text = self.attend_joint(torch.cat([q, text_q], 1), torch.cat([k, text_k], 1), v, padded)
         if attn.to_out is not None:
             out = attn.to_out[1](attn.to_out[0](out))
         if attn.to_add_out is not None:

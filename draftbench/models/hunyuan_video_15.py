@@ -26,15 +26,13 @@ class _Processor(Processor):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         from diffusers.models.embeddings import apply_rotary_emb
 
-        video, padded, real = hidden_states.shape[1], encoder_hidden_states.shape[1], self.hook.layout.text
         added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
         q, k, v = project(hidden_states, attn.heads, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k))
-        text = project(encoder_hidden_states[:, :real], attn.heads, added, (attn.norm_added_q, attn.norm_added_k))
+        text = project(encoder_hidden_states, attn.heads, added, (attn.norm_added_q, attn.norm_added_k))
         q, k = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (q, k))  # type: ignore[arg-type,assignment]
-        out = self.attend(*(torch.cat(pair, 1) for pair in zip((q, k, v), text, strict=True)))
-
-        rest = torch.nn.functional.pad(out[:, video:], (0, 0, 0, padded - real))
-        return attn.to_out[1](attn.to_out[0](out[:, :video])), attn.to_add_out(rest)
+        q, k, v = (torch.cat(pair, 1) for pair in zip((q, k, v), text, strict=True))
+        out, rest = self.attend_joint(q, k, v, encoder_hidden_states.shape[1])
+        return attn.to_out[1](attn.to_out[0](out)), attn.to_add_out(rest)
 
 
 class HunyuanVideo15Hook(Hook):

@@ -224,7 +224,7 @@ class Pipeline:
             torch.set_default_dtype(before)
 
     def compile_blocks(self, pipe: Any, backend: str = "inductor") -> None:
-        """Compile each block of the transformers; a text of another length is another graph."""
+        """Compile each block of the transformers, once for texts of any length."""
         for transformer in transformers(pipe):
             for block in self.hook.blocks(transformer):
                 block.compile(backend=backend, fullgraph=True, dynamic=False)
