@@ -353,8 +353,8 @@ def state(model):
     """All that the hook changes."""
     processors = [(name, id(m.processor)) for network in networks(model) for name, m in network.named_modules()
                   if hasattr(m, "processor")]  # fmt: skip
-    hooks = [(len(network._forward_pre_hooks), "cache_context" in vars(network)) for network in networks(model)]
-    return processors, hooks, "step" in vars(model.pipe.scheduler)
+    hooks = [(len(network._forward_pre_hooks), vars(network).get("cache_context")) for network in networks(model)]
+    return processors, hooks, vars(model.pipe.scheduler).get("step")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -529,6 +529,19 @@ def test_the_pipeline_is_restored(family, models):
         model.generate(batch(SHORT), Spy(Broken(0.5)))
     assert state(model) == before
     assert torch.equal(stock(model, batch(SHORT)), expected)
+
+
+def test_what_a_user_set_on_an_instance_stays(models, monkeypatch):
+    model = models("wan21_1_3b")
+    for owner, name in ((model.pipe.scheduler, "step"), (model.pipe.transformer, "cache_context")):
+        monkeypatch.setitem(vars(owner), name, getattr(owner, name))
+    before = state(model)
+    assert before[1][0][1] and before[2]
+    for _ in range(2):
+        with draftbench.accelerate(model.pipe, "draft", 0.5) as session:
+            assert state(model) != before
+            stock(model, batch(SHORT))
+        assert state(model) == before and session.meter.sparse_calls
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -202,9 +202,11 @@ def in_patches(sizes: tuple[int, ...], patch: tuple[int, ...]) -> tuple[int, int
 
 @contextmanager
 def shadowed(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """An attribute of this instance in front of its class's."""
+    """An attribute of this instance in front of its class's, or of one that the instance has of its user."""
+    own = {name: vars(owner)[name]} if name in vars(owner) else {}
     setattr(owner, name, value)
     try:
         yield
     finally:
         delattr(owner, name)
+        vars(owner).update(own)
