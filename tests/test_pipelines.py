@@ -33,6 +33,7 @@ SHORT, LONGER = "a cat", "a wet dog runs over the hill"
 FULL = " ".join(WORDS * 40)  # cut at the pipelines' 256 tokens or fewer, so no padding is left
 PATTERN = "hf download some/model --revision main"
 TINY = {"num_attention_heads": 2, "num_layers": 2}
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
 def tokenizer(words, end=True, template=None):
@@ -789,17 +790,48 @@ def test_missing_shard(copy):
         make(copy)
 
 
-def test_unfinished_downloads(copy):
-    part = copy / "transformer"
-    file, folder = part / "diffusion_pytorch_model.safetensors", copy / ".cache" / "huggingface"
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *((WEIGHTS, damage) for damage in ("last byte", "half", "empty", "pointer", "zero header")),
+        ("transformer/config.json", "half"), ("vae/config.json", "zeros"), ("vae/config.json", "half character"),
+        ("text_encoder/config.json", "half"), ("scheduler/scheduler_config.json", "half"),
+        ("tokenizer/tokenizer.json", "half"), ("model_index.json", "half"), ("model_index.json", "empty"),
+    ],
+)  # fmt: skip
+def test_unfinished_downloads(copy, name, damage):
+    file = copy / name
     whole = file.read_bytes()
-    for bad in (whole[:-1], whole[:100], b"version https://git-lfs.github.com/spec/v1"):
-        file.write_bytes(bad)
-        with pytest.raises(FileNotFoundError, match=rf"has transformer/{file.name}, which is cut short; .*{PATTERN}"):
-            make(copy)
-    file.unlink()
-    (part / "diffusion_pytorch_model-00001-of-00002.safetensors").write_bytes(whole)
+    bad = {
+        "last byte": whole[:-1], "half": whole[: len(whole) // 2], "empty": b"", "zeros": bytes(len(whole)),
+        "pointer": b"version https://git-lfs.github.com/spec/v1", "zero header": whole[:8] + bytes(len(whole) - 8),
+        "half character": b'{"a": "\xc3',
+    }  # fmt: skip
+    file.write_bytes(bad[damage])
+    with pytest.raises(FileNotFoundError, match=rf"has {name}, which is cut short; .*{PATTERN}"):
+        make(copy)
+
+
+def test_a_tokenizer_needs_its_vocabulary(copy):
+    (copy / "tokenizer" / "tokenizer.json").unlink()
+    lacks = r"lacks a vocabulary, one of tokenizer/tokenizer.json, tokenizer/\*.model, tokenizer/vocab.\*; "
+    with pytest.raises(FileNotFoundError, match=rf"{lacks}.*{PATTERN}"):
+        make(copy)
+    index = json.loads((copy / "model_index.json").read_text())
+    bytewise = {"tokenizer": ["transformers", "ByT5Tokenizer"]}  # as HunyuanVideo 1.5 has one: no file of words
+    (copy / "model_index.json").write_text(json.dumps(index | bytewise))
+    make(copy)
+
+
+def test_unfinished_shards_and_folders(copy):
+    folder = copy / ".cache" / "huggingface"
+    first = copy / "transformer" / "diffusion_pytorch_model-00001-of-00002.safetensors"
+    (copy / WEIGHTS).rename(first)
     with pytest.raises(FileNotFoundError, match=r"lacks transformer/\*.safetensors.index.json"):
+        make(copy)
+    index = first.with_name("diffusion_pytorch_model.safetensors.index.json")
+    index.write_text('{"weight_map": {')
+    with pytest.raises(FileNotFoundError, match=f"has transformer/{index.name}, which is cut short"):
         make(copy)
     folder.mkdir(parents=True)
     (folder / "abc.incomplete").touch()
