@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -551,7 +552,8 @@ def test_random_weights_need_no_checkpoint_and_make_no_frames(family, tmp_path, 
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     facts, size = FAMILIES[family], SIZE | FAMILIES[family].changes
-    model = schema.model(configured(family, **size | {"weights": "random", "dtype": "bfloat16", "text_tokens": 4}))
+    text = facts.text[0] if family.startswith("cogvideox") else 4  # all of its places are real
+    model = schema.model(configured(family, **size | {"weights": "random", "dtype": "bfloat16", "text_tokens": text}))
     network = getattr(diffusers, model.hook.transformer)
     assert set(model.architecture) <= set(inspect.signature(network.__init__).parameters)
     small = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "ffn_dim": 64}
@@ -715,6 +717,13 @@ def test_accelerate_names_what_it_cannot_take(model, monkeypatch):
             draftbench.accelerate(model.pipe, name).__enter__()
     with pytest.raises(ValueError, match=r"sparsity must be in \[0, 1\), got 1.5"):
         draftbench.accelerate(model.pipe, "draft", 1.5).__enter__()
+    for wrong, message in [
+        ({"method": Dense}, r"method must be the name of one, or one made as .*, got <class '.*Dense'>"),
+        ({"sparsity": "0.5"}, r"sparsity must be a number in \[0, 1\), got '0.5'"),
+        ({"dense": 0.25}, r"dense must be a draftbench.attention.DenseParts or None, got 0.25"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            draftbench.accelerate(model.pipe, **wrong).__enter__()
     with pytest.raises(
         ValueError, match=r"method='svg2' at sparsity=0.9 needs a cal.*; give .*svg2.SVG2\(top_p=...\)$"
     ):
@@ -889,6 +898,40 @@ def test_hugging_face_cache(checkpoint, tmp_path, monkeypatch):
 def test_bad_values(checkpoint, change, message):
     with pytest.raises(ValueError, match=message):
         make(checkpoint, **change)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("hunyuan_video", {"text_tokens": 300}, "model.text_tokens must be at most 256, got 300"),
+        ("hunyuan_video_15", {"text_tokens": 1001}, "model.text_tokens must be at most 1000, got 1001"),
+        ("wan21_1_3b", {"text_tokens": 600}, "model.text_tokens must be at most 512, got 600"),
+        ("mochi", {"text_tokens": 300}, "model.text_tokens must be at most 256, got 300"),
+        ("ltx", {"text_tokens": 129}, "model.text_tokens must be at most 128, got 129"),
+        ("cogvideox_2b", {"text_tokens": 64}, "model.text_tokens must be 226, all of them real, got 64"),
+        ("wan21_1_3b", {"guidance_2": 3.0}, "model.guidance_2 must be null without a second transformer, got 3.0"),
+        ("wan22_a14b", {"guidance_2": -1.0}, "model.guidance_2 must be at least 0, got -1.0"),
+        ("wan22_a14b", {"boundary": 5}, "model.boundary must be null or between 0 and 1, got 5"),
+    ],
+)
+def test_bad_values_of_random_weights(name, change, message):
+    with pytest.raises(ValueError, match=message):
+        schema.model(configured(name, weights="random", **change))
+
+
+def test_a_second_guidance_needs_a_checkpoint_of_two_transformers(folders):
+    with pytest.raises(ValueError, match=r"model.guidance_2 must be null without a second transformer, got 3.0"):
+        made("wan21_1_3b", folders("wan21_1_3b"), guidance_2=3.0)
+    assert made("wan22_a14b", folders("wan22_a14b"), guidance_2=3.0, boundary=None).guidance_2 == 3.0
+
+
+def test_random_weights_larger_than_memory_are_refused(monkeypatch):
+    import psutil
+
+    model = schema.model(configured("wan21_1_3b", weights="random"))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2 << 30))
+    with pytest.raises(ValueError, match=r"device=cpu: its parameters are 2\.6 GiB, and 2\.0 GiB of memory are free"):
+        _ = model.pipe
 
 
 def test_prompts_must_not_be_empty(model):

@@ -83,6 +83,7 @@ class HunyuanVideo(Pipeline):
     true_cfg: float
 
     hook = HunyuanVideoHook
+    places = 256
     random_vae_kind = "AutoencoderKLHunyuanVideo"
 
     def __post_init__(self) -> None:
@@ -127,14 +128,14 @@ class HunyuanVideo(Pipeline):
             num_key_value_heads=8,
         )  # fmt: skip
         clip = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768)
-        return [(partial(LlamaModel, llama), 256 + 95), (partial(CLIPTextModel, clip), 77)]
+        return [(partial(LlamaModel, llama), self.places + 95), (partial(CLIPTextModel, clip), 77)]
 
     def random_text(self, clips: int, config: Any) -> dict[str, Any]:
         """See `Pipeline.random_text`."""
         sides = ("", "negative_") if self.true_cfg > 1 else ("",)
         text: dict[str, Any] = {}
         for seed, side in enumerate(sides):
-            text[f"{side}prompt_embeds"] = self.random(clips, 256, config.text_embed_dim, seed=seed)
+            text[f"{side}prompt_embeds"] = self.random(clips, self.places, config.text_embed_dim, seed=seed)
             text[f"{side}pooled_prompt_embeds"] = self.random(clips, config.pooled_projection_dim, seed=seed)
-            text[f"{side}prompt_attention_mask"] = self.real(clips, 256)
+            text[f"{side}prompt_attention_mask"] = self.real(clips)
         return text

@@ -65,6 +65,7 @@ class HunyuanVideo15(Pipeline):
     shift: float
 
     hook = HunyuanVideo15Hook
+    places = 1000
     ratios = (4, 16)
 
     def __post_init__(self) -> None:
@@ -112,8 +113,8 @@ class HunyuanVideo15(Pipeline):
         """See `Pipeline.random_text`; no words in quotation marks."""
         text: dict[str, Any] = {}
         for seed, side in enumerate(("", "negative_")):
-            text[f"{side}prompt_embeds"] = self.random(clips, 1000, config.text_embed_dim, seed=seed)
-            text[f"{side}prompt_embeds_mask"] = self.real(clips, 1000)
+            text[f"{side}prompt_embeds"] = self.random(clips, self.places, config.text_embed_dim, seed=seed)
+            text[f"{side}prompt_embeds_mask"] = self.real(clips)
             text[f"{side}prompt_embeds_2"] = self.random(clips, 256, config.text_embed_2_dim, seed=seed)
             text[f"{side}prompt_embeds_mask_2"] = torch.zeros(clips, 256, dtype=torch.int64, device=self.device)
         return text

@@ -64,6 +64,7 @@ class Mochi(Pipeline):
     """See `Pipeline`. guidance: classifier-free, 1 is off."""
 
     hook = MochiHook
+    places = 256
     ratios = (6, 8)
 
     def vae_ratios(self, vae: dict[str, Any]) -> tuple[int, int]:
@@ -78,4 +79,4 @@ class Mochi(Pipeline):
 
     def random_text(self, clips: int, config: Any) -> dict[str, Any]:
         """See `Pipeline.random_text`."""
-        return self.masked_text(clips, 256, config.text_embed_dim)
+        return self.masked_text(clips, config.text_embed_dim)
