@@ -124,6 +124,14 @@ def test_experiment_in_both_spellings(jobs, experiment):
     assert params["pocket_large"].sparsity == "0.55,0.6,0.75,0.8,0.9"
 
 
+def test_papers_models_get_the_papers_prompts(jobs):
+    pytest.importorskip("diffusers")
+    for model in ("hunyuan_video", "wan21_14b"):
+        assert cli.main(["experiment=draft_table1", f"model={model}", "model.weights=random", "sparsity=0.9"]) == 0
+    papers = ["A cat walks on the grass, realistic style.", "A giant panda is walking."]
+    assert len(jobs) == 4 and all(job.prompts == papers for job, _, _ in jobs)
+
+
 def test_sweep(jobs, capsys):
     argv = ["-m", "+method=dense,svg", "sparsity=0.5,0.9", "prompts=[turn left, walk forward]"]
     assert cli.main([*argv, "tracking=disabled"]) == 0
