@@ -13,13 +13,15 @@ def expand(text: str) -> list[str]:
 
     The name of a suite gives its lines; "FILE.csv:COLUMN" that column, empty cells left out; any other text is one
     prompt. Raises ValueError, naming the file and its columns, for a CSV file that cannot be read or lacks the column,
-    or any text in it.
+    or any text in it; and for a text that is a file's name without a column.
     """
     suite = SUITES / f"{text}.txt"
     if text in suites():
         lines = suite.read_text(encoding="utf-8").splitlines()
         return [line for line in lines if line.strip() and not line.startswith("#")]
     name, colon, column = text.rpartition(":")
+    if text.lower().endswith((".csv", ".txt")):
+        raise ValueError(f"prompts must be {', '.join(suites())}, FILE.csv:COLUMN or [TEXT, ...], got {text!r}")
     if not (colon and name.endswith(".csv")):
         return [text]
     try:

@@ -116,12 +116,14 @@ def plan(config: DictConfig) -> Jobs:
         dense = [Contestant(one) for one in dense_kernel.KERNELS if one in config.methods]
         if not dense:
             raise ValueError(f"bench.methods must have a dense one to compare with ({', '.join(dense_kernel.KERNELS)})")
-        rest = []
+        rest, model = [], schema.model(case.config())
         for method in config.methods:
             if method == "stock":
                 rest.append(Contestant(method))
             elif method not in dense_kernel.KERNELS:
                 made = [_method(case, method, float(sparsity)) for sparsity in sparsities]
+                for one in made:
+                    one.meet(model, DenseParts(DENSE_STEPS, layers=case.layers))
                 rest += [Contestant(method, one, int(count)) for one in made for count in layers]
         jobs.append((name, [*dense, *rest]))
     return jobs

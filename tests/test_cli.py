@@ -174,6 +174,14 @@ def test_the_fields_own_knobs_are_taken(monkeypatch, tmp_path):
         assert (method, sparsity) == (name, 0) and set(made.given.values()) == {float(knob.partition("=")[2])}
 
 
+def test_papers_models_get_the_papers_prompts(jobs):
+    pytest.importorskip("diffusers")
+    for model in ("hunyuan_video", "wan21_14b"):
+        assert cli.main(["experiment=draft_table1", f"model={model}", "model.weights=random", "sparsity=0.9"]) == 0
+    papers = ["A cat walks on the grass, realistic style.", "A giant panda is walking."]
+    assert len(jobs) == 4 and all(job.prompts == papers for job, _, _ in jobs)
+
+
 def test_sweep(jobs, capsys):
     argv = ["-m", "+method=dense,svg", "sparsity=0.5,0.9", "prompts=[turn left, walk forward]"]
     assert cli.main([*argv, "tracking=disabled"]) == 0

@@ -74,5 +74,15 @@ def test_handles_end_with_their_block():
     with handles(lambda q, k, v, layer: q + layer, 3) as found:
         assert torch.equal(torch.ops.draftbench.attend(q, q, q, found[2]), q + 2)
         torch.library.opcheck(torch.ops.draftbench.attend.default, (q, q, q, found[1]))
+        torch.library.opcheck(torch.ops.draftbench.attend_joint.default, (q, q, q, found[1], 2))
     with pytest.raises(KeyError):
         torch.ops.draftbench.attend(q, q, q, found[2])
+
+
+@pytest.mark.parametrize("real", [4, 5, 6])
+def test_joint_attention_fills_up_the_text(real):
+    q = torch.randn(2, 6, 2, 4)
+    with handles(lambda q, k, v, layer: (q + k + v)[:, :real], 1) as (handle,):
+        video, text = torch.ops.draftbench.attend_joint(q, q, q, handle, 2)
+    assert torch.equal(video, 3 * q[:, :4]) and video.is_contiguous() and text.shape == (2, 2, 2, 4)
+    assert torch.equal(text[:, : real - 4], 3 * q[:, 4:real]) and not text[:, real - 4 :].any()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ SHORT, LONGER = "a cat", "a wet dog runs over the hill"
 FULL = " ".join(WORDS * 40)  # cut at the pipelines' 256 tokens or fewer, so no padding is left
 PATTERN = "hf download some/model --revision main"
 TINY = {"num_attention_heads": 2, "num_layers": 2}
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
 def tokenizer(words, end=True, template=None):
@@ -353,8 +355,8 @@ def state(model):
     """All that the hook changes."""
     processors = [(name, id(m.processor)) for network in networks(model) for name, m in network.named_modules()
                   if hasattr(m, "processor")]  # fmt: skip
-    hooks = [(len(network._forward_pre_hooks), "cache_context" in vars(network)) for network in networks(model)]
-    return processors, hooks, "step" in vars(model.pipe.scheduler)
+    hooks = [(len(network._forward_pre_hooks), vars(network).get("cache_context")) for network in networks(model)]
+    return processors, hooks, vars(model.pipe.scheduler).get("step")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -483,7 +485,26 @@ def test_compiled_blocks_stay_as_they_are_over_steps_layers_and_methods(family, 
     assert len(graphs) == made_first == counters["stats"]["unique_graphs"] and not counters["graph_break"]
     assert made_first <= 6
     for graph in graphs:
-        assert sum(node.target is torch.ops.draftbench.attend for node in graph.graph.nodes) == 1
+        operators = (torch.ops.draftbench.attend, torch.ops.draftbench.attend_joint)
+        assert sum(node.target in operators for node in graph.graph.nodes) == 1
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("family", ["hunyuan_video", "hunyuan_video_15", "mochi"])
+def test_compiled_blocks_take_texts_of_any_length(family, models, folders):
+    model, graphs = models(family), []
+    compiled = made(family, folders(family))
+    torch._dynamo.reset()
+    compiled.compile_blocks(compiled.pipe, lambda graph, inputs: graphs.append(graph) or graph.forward)
+    hooked(compiled, batch(SHORT, steps=2), Spy())
+    made_first, lengths = len(graphs), set()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for words in range(1, 11):
+            wanted, session = batch(" ".join(WORDS[:2] * words), steps=2), Spy()
+            difference = hooked(compiled, wanted, session) - hooked(model, wanted, Spy())
+            assert difference.abs().max() < 1e-5
+            lengths.add(session.asked[0]["layout"].text)
+    assert len(lengths) == 10 and len(graphs) == made_first
     torch._dynamo.reset()
 
 
@@ -512,13 +533,27 @@ def test_the_pipeline_is_restored(family, models):
     assert torch.equal(stock(model, batch(SHORT)), expected)
 
 
+def test_what_a_user_set_on_an_instance_stays(models, monkeypatch):
+    model = models("wan21_1_3b")
+    for owner, name in ((model.pipe.scheduler, "step"), (model.pipe.transformer, "cache_context")):
+        monkeypatch.setitem(vars(owner), name, getattr(owner, name))
+    before = state(model)
+    assert before[1][0][1] and before[2]
+    for _ in range(2):
+        with draftbench.accelerate(model.pipe, "draft", 0.5) as session:
+            assert state(model) != before
+            stock(model, batch(SHORT))
+        assert state(model) == before and session.meter.sparse_calls
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_random_weights_need_no_checkpoint_and_make_no_frames(family, tmp_path, monkeypatch):
     import diffusers
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     facts, size = FAMILIES[family], SIZE | FAMILIES[family].changes
-    model = schema.model(configured(family, **size | {"weights": "random", "dtype": "bfloat16", "text_tokens": 4}))
+    text = facts.text[0] if family.startswith("cogvideox") else 4  # all of its places are real
+    model = schema.model(configured(family, **size | {"weights": "random", "dtype": "bfloat16", "text_tokens": text}))
     network = getattr(diffusers, model.hook.transformer)
     assert set(model.architecture) <= set(inspect.signature(network.__init__).parameters)
     small = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "ffn_dim": 64}
@@ -682,6 +717,13 @@ def test_accelerate_names_what_it_cannot_take(model, monkeypatch):
             draftbench.accelerate(model.pipe, name).__enter__()
     with pytest.raises(ValueError, match=r"sparsity must be in \[0, 1\), got 1.5"):
         draftbench.accelerate(model.pipe, "draft", 1.5).__enter__()
+    for wrong, message in [
+        ({"method": Dense}, r"method must be the name of one, or one made as .*, got <class '.*Dense'>"),
+        ({"sparsity": "0.5"}, r"sparsity must be a number in \[0, 1\), got '0.5'"),
+        ({"dense": 0.25}, r"dense must be a draftbench.attention.DenseParts or None, got 0.25"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            draftbench.accelerate(model.pipe, **wrong).__enter__()
     with pytest.raises(
         ValueError, match=r"method='svg2' at sparsity=0.9 needs a cal.*; give .*svg2.SVG2\(top_p=...\)$"
     ):
@@ -757,17 +799,48 @@ def test_missing_shard(copy):
         make(copy)
 
 
-def test_unfinished_downloads(copy):
-    part = copy / "transformer"
-    file, folder = part / "diffusion_pytorch_model.safetensors", copy / ".cache" / "huggingface"
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *((WEIGHTS, damage) for damage in ("last byte", "half", "empty", "pointer", "zero header")),
+        ("transformer/config.json", "half"), ("vae/config.json", "zeros"), ("vae/config.json", "half character"),
+        ("text_encoder/config.json", "half"), ("scheduler/scheduler_config.json", "half"),
+        ("tokenizer/tokenizer.json", "half"), ("model_index.json", "half"), ("model_index.json", "empty"),
+    ],
+)  # fmt: skip
+def test_unfinished_downloads(copy, name, damage):
+    file = copy / name
     whole = file.read_bytes()
-    for bad in (whole[:-1], whole[:100], b"version https://git-lfs.github.com/spec/v1"):
-        file.write_bytes(bad)
-        with pytest.raises(FileNotFoundError, match=rf"has transformer/{file.name}, which is cut short; .*{PATTERN}"):
-            make(copy)
-    file.unlink()
-    (part / "diffusion_pytorch_model-00001-of-00002.safetensors").write_bytes(whole)
+    bad = {
+        "last byte": whole[:-1], "half": whole[: len(whole) // 2], "empty": b"", "zeros": bytes(len(whole)),
+        "pointer": b"version https://git-lfs.github.com/spec/v1", "zero header": whole[:8] + bytes(len(whole) - 8),
+        "half character": b'{"a": "\xc3',
+    }  # fmt: skip
+    file.write_bytes(bad[damage])
+    with pytest.raises(FileNotFoundError, match=rf"has {name}, which is cut short; .*{PATTERN}"):
+        make(copy)
+
+
+def test_a_tokenizer_needs_its_vocabulary(copy):
+    (copy / "tokenizer" / "tokenizer.json").unlink()
+    lacks = r"lacks a vocabulary, one of tokenizer/tokenizer.json, tokenizer/\*.model, tokenizer/vocab.\*; "
+    with pytest.raises(FileNotFoundError, match=rf"{lacks}.*{PATTERN}"):
+        make(copy)
+    index = json.loads((copy / "model_index.json").read_text())
+    bytewise = {"tokenizer": ["transformers", "ByT5Tokenizer"]}  # as HunyuanVideo 1.5 has one: no file of words
+    (copy / "model_index.json").write_text(json.dumps(index | bytewise))
+    make(copy)
+
+
+def test_unfinished_shards_and_folders(copy):
+    folder = copy / ".cache" / "huggingface"
+    first = copy / "transformer" / "diffusion_pytorch_model-00001-of-00002.safetensors"
+    (copy / WEIGHTS).rename(first)
     with pytest.raises(FileNotFoundError, match=r"lacks transformer/\*.safetensors.index.json"):
+        make(copy)
+    index = first.with_name("diffusion_pytorch_model.safetensors.index.json")
+    index.write_text('{"weight_map": {')
+    with pytest.raises(FileNotFoundError, match=f"has transformer/{index.name}, which is cut short"):
         make(copy)
     folder.mkdir(parents=True)
     (folder / "abc.incomplete").touch()
@@ -825,6 +898,40 @@ def test_hugging_face_cache(checkpoint, tmp_path, monkeypatch):
 def test_bad_values(checkpoint, change, message):
     with pytest.raises(ValueError, match=message):
         make(checkpoint, **change)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("hunyuan_video", {"text_tokens": 300}, "model.text_tokens must be at most 256, got 300"),
+        ("hunyuan_video_15", {"text_tokens": 1001}, "model.text_tokens must be at most 1000, got 1001"),
+        ("wan21_1_3b", {"text_tokens": 600}, "model.text_tokens must be at most 512, got 600"),
+        ("mochi", {"text_tokens": 300}, "model.text_tokens must be at most 256, got 300"),
+        ("ltx", {"text_tokens": 129}, "model.text_tokens must be at most 128, got 129"),
+        ("cogvideox_2b", {"text_tokens": 64}, "model.text_tokens must be 226, all of them real, got 64"),
+        ("wan21_1_3b", {"guidance_2": 3.0}, "model.guidance_2 must be null without a second transformer, got 3.0"),
+        ("wan22_a14b", {"guidance_2": -1.0}, "model.guidance_2 must be at least 0, got -1.0"),
+        ("wan22_a14b", {"boundary": 5}, "model.boundary must be null or between 0 and 1, got 5"),
+    ],
+)
+def test_bad_values_of_random_weights(name, change, message):
+    with pytest.raises(ValueError, match=message):
+        schema.model(configured(name, weights="random", **change))
+
+
+def test_a_second_guidance_needs_a_checkpoint_of_two_transformers(folders):
+    with pytest.raises(ValueError, match=r"model.guidance_2 must be null without a second transformer, got 3.0"):
+        made("wan21_1_3b", folders("wan21_1_3b"), guidance_2=3.0)
+    assert made("wan22_a14b", folders("wan22_a14b"), guidance_2=3.0, boundary=None).guidance_2 == 3.0
+
+
+def test_random_weights_larger_than_memory_are_refused(monkeypatch):
+    import psutil
+
+    model = schema.model(configured("wan21_1_3b", weights="random"))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2 << 30))
+    with pytest.raises(ValueError, match=r"device=cpu: its parameters are 2\.6 GiB, and 2\.0 GiB of memory are free"):
+        _ = model.pipe
 
 
 def test_prompts_must_not_be_empty(model):

@@ -32,9 +32,15 @@ def test_a_csv_column(tmp_path):
         expand(f"{path}:text")
 
 
-@pytest.mark.parametrize("text", ["a cat", "dozens", "look: a cat", "a.csv", "../suites/dozen"])
+@pytest.mark.parametrize("text", ["a cat", "dozens", "look: a cat", "../suites/dozen", "a.csv file"])
 def test_any_other_text_is_a_prompt(text):
     assert expand(text) == [text]
+
+
+@pytest.mark.parametrize("text", ["my.csv", "~/MY.CSV", "my.txt", "two words.txt"])
+def test_a_files_name_alone_is_no_prompt(text):
+    with pytest.raises(ValueError, match=rf"prompts must be dozen, paper, .*, FILE.csv:COLUMN or \[.*\], got '{text}'"):
+        expand(text)
 
 
 def test_configs_take_all_three(tmp_path):

@@ -100,6 +100,11 @@ def test_density_counts_dense_layers_and_text(rows):
     assert one(rows, "sdpa")["density_effective"] == one(rows, "stock")["density_effective"] == 1
 
 
+def test_a_draft_row_says_which_regions_ran(rows):
+    stacked = [row["method_settings"]["stacked"] for row in rows if row["contestant"] == "draft"]
+    assert stacked and all(stacked)  # 4x4 on 3 frames of 6x10: 5 x 3 regions from frame to frame, 3 x 2 x 3 apart
+
+
 def test_parts(rows):
     for compiled in (False, True):
         row = one(rows, "draft", compiled)
@@ -136,7 +141,8 @@ def test_blocks_compile_once_for_all_contestants(run):
     # Double-stream blocks, the first single-stream one and the others, with the hook's processor and diffusers' own.
     assert len(run["graphs"]) == run["counters"]["stats"]["unique_graphs"] == 6
     assert not run["counters"].get("graph_break")
-    attends = [sum(node.target is torch.ops.draftbench.attend for node in g.graph.nodes) for g in run["graphs"]]
+    joint = torch.ops.draftbench.attend_joint
+    attends = [sum(node.target is joint for node in graph.graph.nodes) for graph in run["graphs"]]
     assert sorted(attends) == [0, 0, 0, 1, 1, 1]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,12 @@ def accelerate(
     if family not in HOOKS:
         raise ValueError(f"pipe must be one of {', '.join(HOOKS)}, got {family}")
     module, _, hooked = HOOKS[family].partition(".")
+    if not isinstance(method, str | Method):
+        raise ValueError(f"method must be the name of one, or one made as methods.draft.Draft(0.9), got {method!r}")
+    if not isinstance(sparsity, Real):
+        raise ValueError(f"sparsity must be a number in [0, 1), got {sparsity!r}")
+    if not isinstance(dense, DenseParts | None):
+        raise ValueError(f"dense must be a draftbench.attention.DenseParts or None, got {dense!r}")
     hook: type[Hook] = getattr(importlib.import_module(f".{module}", __package__), hooked)
     kind = named(method) if isinstance(method, str) else type(method)
     if kind.request is not Method.request:

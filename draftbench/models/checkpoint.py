@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*")  # of a tokenizer: one of these
+
 
 def find(path: str | None, hub_id: str, revision: str, pipeline: str) -> Path:
     """The folder of a whole checkpoint on this machine; nothing is ever downloaded.
@@ -31,8 +33,8 @@ def find(path: str | None, hub_id: str, revision: str, pipeline: str) -> Path:
         if not folder.is_dir():
             raise FileNotFoundError(f"model.path={path} is not a folder; {fetch}")
     named = f"model.path={path}" if path else f"model.path=null ({folder})"
-    if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(f"{named} lacks model_index.json; {fetch}")
+    if problem := _json_problem(folder, "model_index.json"):
+        raise FileNotFoundError(f"{named} {problem}; {fetch}")
     index = read(folder, "model_index.json")
     if index.get("_class_name") != pipeline:
         raise ValueError(f"{named} must hold a {pipeline}, got {index.get('_class_name')}; {fetch}")
@@ -43,7 +45,7 @@ def find(path: str | None, hub_id: str, revision: str, pipeline: str) -> Path:
 
 def read(folder: Path, name: str) -> dict[str, Any]:
     """A JSON file of the checkpoint."""
-    config: dict[str, Any] = json.loads((folder / name).read_text())
+    config: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
     return config
 
 
@@ -68,10 +70,26 @@ def _problem(folder: Path, index: dict[str, Any]) -> str | None:
         kind = part.split("_")[0]
         config = {"scheduler": "scheduler_config", "tokenizer": "tokenizer_config", "guider": "guider_config"}.get(kind)
         name = f"{part}/{config or 'config'}.json"
-        if not (folder / name).is_file():
-            return f"lacks {name}"
+        files = [str(file.relative_to(folder)) for file in sorted((folder / part).glob("*.json"))]
+        problems = (_json_problem(folder, file) for file in (name, *files))
+        if problem := next(filter(None, problems), None):
+            return problem
+        has_words = kind == "tokenizer" and value[1] != "ByT5Tokenizer"  # whose vocabulary is the bytes
+        if has_words and not any(file for pattern in VOCABULARIES for file in (folder / part).glob(pattern)):
+            return f"lacks a vocabulary, one of {', '.join(f'{part}/{pattern}' for pattern in VOCABULARIES)}"
         if config is None and (problem := _weights_problem(folder / part)):
             return problem
+    return None
+
+
+def _json_problem(folder: Path, name: str) -> str | None:
+    """What keeps a JSON file of the checkpoint from being read."""
+    if not (folder / name).is_file():
+        return f"lacks {name}"
+    try:
+        read(folder, name)
+    except ValueError:  # of JSON, or of Unicode
+        return f"has {name}, which is cut short"
     return None
 
 
@@ -99,6 +117,9 @@ def _whole(file: Path) -> bool:
         header = int.from_bytes(stream.read(8), "little")
         if not 0 < header <= size - 8:
             return False
-        tensors = json.loads(stream.read(header))
+        try:
+            tensors = json.loads(stream.read(header))
+        except ValueError:
+            return False
     ends = [tensor["data_offsets"][1] for name, tensor in tensors.items() if name != "__metadata__"]
     return 8 + header + max(ends, default=0) == size

@@ -62,9 +62,16 @@ class CogVideoX(Pipeline):
     is part of it, is read for random weights alone."""
 
     snr_shift: float
+    text_tokens: int = 226
 
     hook = CogVideoXHook
+    places = 226
     multiple = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.text_tokens != self.places:  # padding counts too
+            raise ValueError(f"model.text_tokens must be {self.places}, all of them real, got {self.text_tokens}")
 
     def vae_ratios(self, vae: dict[str, Any]) -> tuple[int, int]:
         """See `Pipeline.vae_ratios`."""
@@ -81,5 +88,5 @@ class CogVideoX(Pipeline):
 
     def random_text(self, clips: int, config: Any) -> dict[str, Any]:
         """See `Pipeline.random_text`; the model takes all its places for text as real."""
-        shape = (clips, config.max_text_seq_length, config.text_embed_dim)
+        shape = (clips, self.places, config.text_embed_dim)
         return {"prompt_embeds": self.random(*shape), "negative_prompt_embeds": self.random(*shape, seed=1)}

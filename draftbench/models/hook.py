@@ -31,13 +31,21 @@ class Processor:
 
     replaces: ClassVar[str]
 
-    def __init__(self, handle: Tensor, hook: Hook):
-        self.handle, self.hook = handle, hook
+    def __init__(self, handle: Tensor):
+        self.handle = handle
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The session's attention over [video | text] q, k, v [B, S, H, D], heads joined: [B, S, H * D]."""
         out: Tensor = torch.ops.draftbench.attend(q, k, v, self.handle)
         return out.flatten(2, 3)
+
+    def attend_joint(self, q: Tensor, k: Tensor, v: Tensor, text: int) -> tuple[Tensor, Tensor]:
+        """The same where the last `text` tokens are text with padding: the video's output and the text's, there zero.
+
+        The padding is cropped in the operator, for the length of a prompt would be another graph here.
+        """
+        video, rest = torch.ops.draftbench.attend_joint(q, k, v, self.handle, text)
+        return video.flatten(2, 3), rest.flatten(2, 3)
 
 
 class Hook:
@@ -89,7 +97,7 @@ class Hook:
                 for layer, block in enumerate(blocks):
                     attention = getattr(block, self.attention)
                     stack.callback(setattr, attention, "processor", attention.processor)
-                    attention.processor = self.processor(found[layer], self)
+                    attention.processor = self.processor(found[layer])
             scheduler = self.pipe.scheduler
             stack.enter_context(shadowed(scheduler, "step", self.followed(scheduler.step)))
             yield
@@ -147,7 +155,8 @@ class Hook:
         return follow
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-        """The session's attention of one layer, q, k, v and the result [B, S, H, D]."""
+        """The session's attention of one layer over q, k, v [B, S, H, D] without the padding that no item needs."""
+        q, k, v = (x[:, : self.layout.length] for x in (q, k, v))
         seeds = tuple(range(self.clips)) if self.seeds is None else self.seeds
         branch = "both_reversed" if self.both else BRANCHES.get(self.branch, "cond")
         return self.session(
@@ -193,9 +202,11 @@ def in_patches(sizes: tuple[int, ...], patch: tuple[int, ...]) -> tuple[int, int
 
 @contextmanager
 def shadowed(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """An attribute of this instance in front of its class's."""
+    """An attribute of this instance in front of its class's, or of one that the instance has of its user."""
+    own = {name: vars(owner)[name]} if name in vars(owner) else {}
     setattr(owner, name, value)
     try:
         yield
     finally:
         delattr(owner, name)
+        vars(owner).update(own)

@@ -28,22 +28,19 @@ class _Processor(Processor):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         from diffusers.models.embeddings import apply_rotary_emb
 
-        video, padded, real = hidden_states.shape[1], encoder_hidden_states.shape[1], self.hook.layout.text
+        video, padded = hidden_states.shape[1], encoder_hidden_states.shape[1]
         if attn.add_q_proj is None:  # a single-stream block: video and text share their projections
             both = torch.cat([hidden_states, encoder_hidden_states], 1)
             q, k, v = project(both, attn.heads, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k))
-            text_q, text_k = q[:, video : video + real], k[:, video : video + real]
-            q, k, v = q[:, :video], k[:, :video], v[:, : video + real]
+            (q, text_q), (k, text_k) = (x.split((video, padded), 1) for x in (q, k))
         else:
             added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
             norms = (attn.norm_added_q, attn.norm_added_k)
             q, k, v = project(hidden_states, attn.heads, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k))
-            text_q, text_k, text_v = (x[:, :real] for x in project(encoder_hidden_states, attn.heads, added, norms))
+            text_q, text_k, text_v = project(encoder_hidden_states, attn.heads, added, norms)
             v = torch.cat([v, text_v], 1)
         q, k = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (q, k))  # type: ignore[arg-type,assignment]
-        out = self.attend(torch.cat([q, text_q], 1), torch.cat([k, text_k], 1), v)
-
-        out, text = out[:, :video], torch.nn.functional.pad(out[:, video:], (0, 0, 0, padded - real))
+        out, text = self.attend_joint(torch.cat([q, text_q], 1), torch.cat([k, text_k], 1), v, padded)
         if attn.to_out is not None:
             out = attn.to_out[1](attn.to_out[0](out))
         if attn.to_add_out is not None:
@@ -86,6 +83,7 @@ class HunyuanVideo(Pipeline):
     true_cfg: float
 
     hook = HunyuanVideoHook
+    places = 256
     random_vae_kind = "AutoencoderKLHunyuanVideo"
 
     def __post_init__(self) -> None:
@@ -130,14 +128,14 @@ class HunyuanVideo(Pipeline):
             num_key_value_heads=8,
         )  # fmt: skip
         clip = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768)
-        return [(partial(LlamaModel, llama), 256 + 95), (partial(CLIPTextModel, clip), 77)]
+        return [(partial(LlamaModel, llama), self.places + 95), (partial(CLIPTextModel, clip), 77)]
 
     def random_text(self, clips: int, config: Any) -> dict[str, Any]:
         """See `Pipeline.random_text`."""
         sides = ("", "negative_") if self.true_cfg > 1 else ("",)
         text: dict[str, Any] = {}
         for seed, side in enumerate(sides):
-            text[f"{side}prompt_embeds"] = self.random(clips, 256, config.text_embed_dim, seed=seed)
+            text[f"{side}prompt_embeds"] = self.random(clips, self.places, config.text_embed_dim, seed=seed)
             text[f"{side}pooled_prompt_embeds"] = self.random(clips, config.pooled_projection_dim, seed=seed)
-            text[f"{side}prompt_attention_mask"] = self.real(clips, 256)
+            text[f"{side}prompt_attention_mask"] = self.real(clips)
         return text

@@ -26,15 +26,13 @@ class _Processor(Processor):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         from diffusers.models.embeddings import apply_rotary_emb
 
-        video, padded, real = hidden_states.shape[1], encoder_hidden_states.shape[1], self.hook.layout.text
         added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
         q, k, v = project(hidden_states, attn.heads, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k))
-        text = project(encoder_hidden_states[:, :real], attn.heads, added, (attn.norm_added_q, attn.norm_added_k))
+        text = project(encoder_hidden_states, attn.heads, added, (attn.norm_added_q, attn.norm_added_k))
         q, k = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (q, k))  # type: ignore[arg-type,assignment]
-        out = self.attend(*(torch.cat(pair, 1) for pair in zip((q, k, v), text, strict=True)))
-
-        rest = torch.nn.functional.pad(out[:, video:], (0, 0, 0, padded - real))
-        return attn.to_out[1](attn.to_out[0](out[:, :video])), attn.to_add_out(rest)
+        q, k, v = (torch.cat(pair, 1) for pair in zip((q, k, v), text, strict=True))
+        out, rest = self.attend_joint(q, k, v, encoder_hidden_states.shape[1])
+        return attn.to_out[1](attn.to_out[0](out)), attn.to_add_out(rest)
 
 
 class HunyuanVideo15Hook(Hook):
@@ -67,6 +65,7 @@ class HunyuanVideo15(Pipeline):
     shift: float
 
     hook = HunyuanVideo15Hook
+    places = 1000
     ratios = (4, 16)
 
     def __post_init__(self) -> None:
@@ -114,8 +113,8 @@ class HunyuanVideo15(Pipeline):
         """See `Pipeline.random_text`; no words in quotation marks."""
         text: dict[str, Any] = {}
         for seed, side in enumerate(("", "negative_")):
-            text[f"{side}prompt_embeds"] = self.random(clips, 1000, config.text_embed_dim, seed=seed)
-            text[f"{side}prompt_embeds_mask"] = self.real(clips, 1000)
+            text[f"{side}prompt_embeds"] = self.random(clips, self.places, config.text_embed_dim, seed=seed)
+            text[f"{side}prompt_embeds_mask"] = self.real(clips)
             text[f"{side}prompt_embeds_2"] = self.random(clips, 256, config.text_embed_2_dim, seed=seed)
             text[f"{side}prompt_embeds_mask_2"] = torch.zeros(clips, 256, dtype=torch.int64, device=self.device)
         return text

@@ -50,6 +50,7 @@ class LTX(Pipeline):
     """See `Pipeline`. guidance: classifier-free, 1 is off."""
 
     hook = LTXHook
+    places = 128
     ratios = (8, 32)
     multiple = 32
 
@@ -78,4 +79,4 @@ class LTX(Pipeline):
 
     def random_text(self, clips: int, config: Any) -> dict[str, Any]:
         """See `Pipeline.random_text`."""
-        return self.masked_text(clips, 128, config.caption_channels)
+        return self.masked_text(clips, config.caption_channels)

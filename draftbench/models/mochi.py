@@ -23,14 +23,12 @@ class _Processor(Processor):
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        video, padded, real = hidden_states.shape[1], encoder_hidden_states.shape[1], self.hook.layout.text
         added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
         q, k, v = project(hidden_states, attn.heads, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k))
-        text = project(encoder_hidden_states[:, :real], attn.heads, added, (attn.norm_added_q, attn.norm_added_k))
+        text = project(encoder_hidden_states, attn.heads, added, (attn.norm_added_q, attn.norm_added_k))
         q, k = (rotated(x, image_rotary_emb) for x in (q, k))
-        out = self.attend(*(torch.cat(pair, 1) for pair in zip((q, k, v), text, strict=True)))
-
-        out, rest = out[:, :video], torch.nn.functional.pad(out[:, video:], (0, 0, 0, padded - real))
+        q, k, v = (torch.cat(pair, 1) for pair in zip((q, k, v), text, strict=True))
+        out, rest = self.attend_joint(q, k, v, encoder_hidden_states.shape[1])
         out = attn.to_out[1](attn.to_out[0](out))
         return out, attn.to_add_out(rest) if hasattr(attn, "to_add_out") else rest  # the last block drops its text
 
@@ -66,6 +64,7 @@ class Mochi(Pipeline):
     """See `Pipeline`. guidance: classifier-free, 1 is off."""
 
     hook = MochiHook
+    places = 256
     ratios = (6, 8)
 
     def vae_ratios(self, vae: dict[str, Any]) -> tuple[int, int]:
@@ -80,4 +79,4 @@ class Mochi(Pipeline):
 
     def random_text(self, clips: int, config: Any) -> dict[str, Any]:
         """See `Pipeline.random_text`."""
-        return self.masked_text(clips, 256, config.text_embed_dim)
+        return self.masked_text(clips, config.text_embed_dim)

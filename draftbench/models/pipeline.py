@@ -7,6 +7,7 @@ come out as zero and only padding reads them).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -66,6 +67,7 @@ class Pipeline:
     architecture: dict[str, Any] = field(default_factory=dict)
 
     hook: ClassVar[type[Hook]]
+    places: ClassVar[int]  # for the tokens of a text, padding included
     random_vae_kind: ClassVar[str | None] = None  # diffusers' class, where its default sizes are the checkpoints'
     rest: ClassVar[dict[str, str]] = {}  # dtypes of other components where they are not the transformer's
     ratios: ClassVar[tuple[int, int]] = (4, 8)  # frames and pixels in one of the latent's, where no config says
@@ -76,6 +78,8 @@ class Pipeline:
             value = getattr(self, key)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"model.{key} must be a positive integer, got {value!r}")
+        if self.text_tokens > self.places:
+            raise ValueError(f"model.text_tokens must be at most {self.places}, got {self.text_tokens}")
         if not self.guidance >= 0:
             raise ValueError(f"model.guidance must be at least 0, got {self.guidance}")
         _one_of("dtype", self.dtype, ("bfloat16", "float16", "float32"))
@@ -156,12 +160,30 @@ class Pipeline:
         """The pipeline with random transformers on the device and nothing else but a scheduler."""
         import diffusers
 
+        self.check_memory()
         kind = getattr(diffusers, self.hook.pipeline)
         parts = dict.fromkeys(
             name for name, p in inspect.signature(kind.__init__).parameters.items() if p.default is p.empty
         )
         parts.pop("self")
         return kind(**parts | {"scheduler": self.scheduler()} | self.random_parts())
+
+    def check_memory(self) -> None:
+        """Raise ValueError if the machine has no room for the random parameters, which a CPU would take to the last
+        byte before it fails."""
+        if self.device.type != "cpu":
+            return
+        import psutil
+
+        bare = copy.copy(self)
+        bare.device = torch.device("meta")
+        networks = [part for name, part in bare.random_parts().items() if name in ("transformer", "transformer_2")]
+        needed = sum(weight.nbytes for network in networks for weight in network.parameters())
+        if needed > (free := psutil.virtual_memory().available):
+            raise ValueError(
+                f"model={self.name} model.weights=random does not fit device=cpu: its parameters are "
+                f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of memory are free"
+            )
 
     def random_parts(self) -> dict[str, Any]:
         """The random components, and settings of the pipeline that its checkpoint would bring."""
@@ -224,7 +246,7 @@ class Pipeline:
             torch.set_default_dtype(before)
 
     def compile_blocks(self, pipe: Any, backend: str = "inductor") -> None:
-        """Compile each block of the transformers; a text of another length is another graph."""
+        """Compile each block of the transformers, once for texts of any length."""
         for transformer in transformers(pipe):
             for block in self.hook.blocks(transformer):
                 block.compile(backend=backend, fullgraph=True, dynamic=False)
@@ -314,18 +336,16 @@ class Pipeline:
         generator = torch.Generator(self.device).manual_seed(seed)
         return torch.randn(shape, generator=generator, device=self.device, dtype=getattr(torch, self.dtype))
 
-    def real(self, clips: int, length: int) -> Tensor:
-        """A mask [clips, length] of `text_tokens` real tokens, int64."""
-        if self.text_tokens > length:
-            raise ValueError(f"model.text_tokens must be at most {length}, got {self.text_tokens}")
-        return (torch.arange(length, device=self.device) < self.text_tokens).long().expand(clips, -1)
+    def real(self, clips: int) -> Tensor:
+        """A mask [clips, places] of `text_tokens` real tokens, int64."""
+        return (torch.arange(self.places, device=self.device) < self.text_tokens).long().expand(clips, -1)
 
-    def masked_text(self, clips: int, places: int, width: int) -> dict[str, Any]:
+    def masked_text(self, clips: int, width: int) -> dict[str, Any]:
         """Random embeddings and masks of both branches, by the names that most pipelines have for them."""
         text: dict[str, Any] = {}
         for seed, side in enumerate(("", "negative_")):
-            text[f"{side}prompt_embeds"] = self.random(clips, places, width, seed=seed)
-            text[f"{side}prompt_attention_mask"] = self.real(clips, places).bool()
+            text[f"{side}prompt_embeds"] = self.random(clips, self.places, width, seed=seed)
+            text[f"{side}prompt_attention_mask"] = self.real(clips).bool()
         return text
 
     def patched(

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from . import checkpoint
 from .hook import Hook, Processor, in_patches
 from .pipeline import Pipeline
 
@@ -69,13 +70,25 @@ class Wan(Pipeline):
     boundary: float | None = None
 
     hook = WanHook
+    places = 512
     random_vae_kind = "AutoencoderKLWan"
     rest: ClassVar[dict[str, str]] = {"vae": "float32"}
 
     def __post_init__(self) -> None:
         if not self.shift > 0:
             raise ValueError(f"model.shift must be above 0, got {self.shift}")
+        if self.boundary is not None and not 0 < self.boundary < 1:
+            raise ValueError(f"model.boundary must be null or between 0 and 1, got {self.boundary}")
         super().__post_init__()
+        if self.guidance_2 is None:
+            return
+        boundary = self.boundary
+        if self.weights is None:
+            boundary = checkpoint.read(self.folder, "model_index.json").get("boundary_ratio")
+        if boundary is None:
+            raise ValueError(f"model.guidance_2 must be null without a second transformer, got {self.guidance_2}")
+        if not self.guidance_2 >= 0:
+            raise ValueError(f"model.guidance_2 must be at least 0, got {self.guidance_2}")
 
     def vae_ratios(self, vae: dict[str, Any]) -> tuple[int, int]:
         """See `Pipeline.vae_ratios`."""
@@ -115,12 +128,12 @@ class Wan(Pipeline):
             vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
             feed_forward_proj="gated-gelu",
         )  # fmt: skip
-        return [(partial(UMT5EncoderModel, sizes), 512)]
+        return [(partial(UMT5EncoderModel, sizes), self.places)]
 
     def random_text(self, clips: int, config: Any) -> dict[str, Any]:
         """See `Pipeline.random_text`; behind the real tokens Wan reads zeros."""
         text: dict[str, Any] = {}
         for seed, side in enumerate(("", "negative_")):
-            embeds = self.random(clips, 512, config.text_dim, seed=seed)
-            text[f"{side}prompt_embeds"] = embeds * self.real(clips, 512)[..., None].to(embeds.dtype)
+            embeds = self.random(clips, self.places, config.text_dim, seed=seed)
+            text[f"{side}prompt_embeds"] = embeds * self.real(clips)[..., None].to(embeds.dtype)
         return text
