@@ -8,7 +8,8 @@ filled with zeros by the engine, masked as keys and never written.
 
 Floor at 33x48x80 tokens, 256 of text, 24 heads of 128, 90% sparsity: 20.5 TFLOP of kept work, 26 ms at 788 TFLOP/s (a
 bf16 matrix product on an H200); q and the output once, 1.6 GB, .4 ms at 4.3 TB/s; k and v from L2, 64 KB a kept block,
-160 GB, the rate of which is not known.
+160 GB, the rate of which is not known. What it reaches is in results/tables/attention_h200.md. Order takes .2 to .3 ms
+there, so ordering tokens and RoPE once a forward, not in each layer, had no more than that to save and was not tried.
 
 Tried, TFLOP/s of kept work at 90, 75 and 50% on that shape, one H100, each call right after a dense one by
 FlashAttention-4 (675), on the blocks that draft keeps of pocket's q and k, and on as many random ones in every row:
