@@ -63,6 +63,7 @@ SHAPES = {
     "wan_768p": Shape((21, 48, 80), 40, 128),
     "wan_480p": Shape((21, 30, 52), 40, 128, region=(16, 8), stacked=True),  # ragged
     "sta_768p": Shape((30, 48, 80), 24, 128, 256),  # a canvas that FastVideo's sliding tile kernel takes
+    "pocket_large": Shape((16, 32, 48), 6, 64, 8),  # the embedded model's own, at head dim 64
     "cpu": Shape((8, 16, 32), 4, 64, device="cpu", capture=("model=pocket",), threads=2),
     "tiny": Shape((3, 6, 10), 2, 64, 5, device="cpu", region=(4, 4), capture=TINY, threads=1),  # ragged; for the tests
 }

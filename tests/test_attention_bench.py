@@ -635,7 +635,7 @@ def test_a_line_is_whole(tmp_path):
 
 
 def test_all_shapes_are_those_that_this_machine_can_run_and_the_others_are_told(monkeypatch, capsys, tmp_path):
-    away = "hunyuan_768p, hunyuan_720p, wan_768p, wan_480p, sta_768p"
+    away = "hunyuan_768p, hunyuan_720p, wan_768p, wan_480p, sta_768p, pocket_large"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert contest.runnable("bench.shapes", ["all"], cases.SHAPES) == [*away.split(", "), "cpu"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
