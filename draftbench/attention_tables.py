@@ -78,7 +78,7 @@ def short(rows: Sequence[Row]) -> Table:
         })  # fmt: skip
     columns: dict[str, Column] = {
         "shape": "{shape}", "sparsity": "{sparsity:.0%}",
-        "dense, ms": lambda row: f"{value(row['dense'], 'ms', '.4g')}, {row['dense']['contestant']}",
+        "dense, ms": lambda row: _dense(row["dense"]),
         "draft, ms": lambda row: f"{spread(row['draft'])}, {_executor(row['draft']['contestant'])}",
         "speed-up": lambda row: value(row["draft"], "speedup", ".2f"),
         "of the ideal": lambda row: value(row["draft"], "ideal_share", ".2f"),
@@ -215,6 +215,10 @@ def figure(rows: Sequence[Row], path: Path, digest: str) -> None:
     devices = ", ".join(dict.fromkeys(row["device"] for row in rows))
     picture.suptitle(f"One attention call on {devices}, commit {rows[0]['commit'][:12]}", fontsize=9)
     save(picture, path, digest)
+
+
+def _dense(against: Row | None) -> str:
+    return f"{against['ms']:.4g}, {against['contestant']}" if against and against["ms"] else "-"
 
 
 def _beside(row: Row) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 from .bootstrap import Estimate, estimate, holm, least_p
-from .tabular import Column, Table, label, ok
+from .tabular import Column, Table, named, ok
 
 Row: TypeAlias = dict[str, Any]
 LEVEL = 0.05  # what p-values are read against
@@ -49,12 +49,10 @@ def labels(cells: Cells) -> dict[str, Column]:
     """The columns that tell a table's rows apart: the warm-up only where it varies."""
     varies = len({setting.warmup for setting, _ in cells}) > 1
     found: dict[str, Column] = {"dense steps": "{warmup:.0%}"} if varies else {}
-    return found | {"sparsity": lambda row: row["knob"] or f"{row['sparsity']:g}", "method": named}
-
-
-def named(row: Row) -> str:
-    """The method of a row with its label."""
-    return f"{row['method']}{label(row['method'])}"
+    return found | {
+        "sparsity": lambda row: row["knob"] or f"{row['sparsity']:g}",
+        "method": lambda row: named(row["method"]),
+    }
 
 
 def by_prompt(clips: Iterable[tuple[str, float | None]]) -> dict[str, list[float]]:
@@ -116,7 +114,7 @@ def contrasts(cells: Cells, rule: Contrasts) -> Iterator[Table]:
             f"Paired by prompt and seed; 95% intervals from {rule.draws} bootstrap draws of prompts, then seeds (seed "
             f"{rule.seed}). p: two-sided, of no difference: twice the share of draws on the far side of 0; "
             f"Holm-corrected for the {len(tested)} contrasts of this page. < stands where none lies there: "
-            f"{floor:.2g}, {len(tested)} times 2 of {rule.draws + 1}, is the least that so many draws resolve."
+            f"{floor:.2g}, {len(tested)} times 2 of {rule.draws + 1}, is the least corrected value that they resolve."
         )
         if rows:
             yield Table(f"minus_{base}", columns, rows, f"Minus {base}", note)

@@ -8,7 +8,7 @@ from typing import Any
 
 from .attention_tables import number, spread
 from .records import missed
-from .tabular import Page, Table, canvas, check_alike, label, made_by, ok, save
+from .tabular import Page, Table, canvas, check_alike, made_by, named, ok, save
 
 Row = dict[str, Any]
 SAME = ("device", "versions", "commit", "source", "budget_s")
@@ -25,7 +25,7 @@ def page(rows: Sequence[Row], source: str) -> Page:
         "median [20%, 80%] of timings in turn with dense attention; estimate: the method's plan alone, in the middle "
         "of a clip; first: its first plan in a clip, once, compilation included; kernel: the executor on that plan; "
         "share: estimate over kernel; whole: all of it. Times over dense: the dense kernel of the same rounds over the "
-        "whole. GiB: peak of the whole beside its inputs, where a dense call has its output, .73 at 768p. A knob was "
+        "whole. GiB: peak of the whole beside its inputs, where a dense call has its output alone. A knob was "
         "set so that this call meets the sparsity. re_ttention's call lies between two full steps, which its sparsity "
         "counts, so the call itself drops more; efficient_vdit has few masks to choose from. "
         "*: achieved is not the sparsity, by more than 2 points, so that no time stands for that sparsity.",
@@ -41,7 +41,7 @@ def page(rows: Sequence[Row], source: str) -> Page:
 def short(rows: Sequence[Row]) -> Table:
     """Every method's times at every shape and sparsity, the cheapest estimate first."""
     columns: dict[str, Any] = {
-        "shape": "{shape}", "sparsity": "{sparsity:g}", "method": lambda row: f"{row['method']}{label(row['method'])}",
+        "shape": "{shape}", "sparsity": "{sparsity:g}", "method": lambda row: named(row["method"]),
         "achieved": lambda row: f"{row['sparsity_achieved']:.3f}{' *' if off(row) else ''}",
         "estimate, ms": lambda row: f"{spread(row, 'plan_ms')} ({row['plan_ms']['n']})",
         "share": "{share:.1%}", "first, ms": lambda row: number(row["first_plan_ms"]),
@@ -73,7 +73,7 @@ def figure(rows: Sequence[Row], path: Path, digest: str) -> None:
         axes.barh(range(len(found)), widths, left=left, color=colour, label=name)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axes.plot([row["dense"]["ms"] for row in found], range(len(found)), "k|", markersize=12, label="dense")
-    axes.set_yticks(range(len(found)), [f"{row['method']}{label(row['method'])} {_dropped(row)}" for row in found])
+    axes.set_yticks(range(len(found)), [f"{named(row['method'])} {_dropped(row)}" for row in found])
     hatched = "\nhatched: dropped another share than asked" if any(map(off, found)) else ""
     axes.set_xlabel(f"ms a call, {rows[0]['device']}{hatched}")
     axes.invert_yaxis()

@@ -17,7 +17,7 @@ from .bootstrap import Estimate, estimate
 from .contrasts import Contrasts, Row, by_prompt, clip
 from .estimate_tables import off
 from .method_tables import check_same, grouped, provenance
-from .tabular import canvas, label, ok, save
+from .tabular import canvas, label, named, ok, save
 
 NEAR = 0.7  # of dense's time: a name on the right of such a point would lie on its line
 METRIC, LABEL = "psnr_db", "PSNR dB to dense"
@@ -100,7 +100,7 @@ def figure(
         if dense or not level:
             axes.legend(fontsize=7)
     about = [textwrap.fill(f"Fidelity: {provenance(cells)}".replace("`", ""), 120)]
-    if labelled := [f"{method}{label(method)}" for method in methods if label(method)]:
+    if labelled := [named(method) for method in methods if label(method)]:
         about.append(f"{', '.join(labelled)}.")
     about.append("No evidence about clips of the models whose shapes these are.")
     if left := sorted({row["method"] for row in times if ok(row) and off(row)}):

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from .bootstrap import estimate
-from .contrasts import METRICS, Cells, Contrasts, Row, Setting, by_prompt, clip, contrasts, labels, named
+from .contrasts import METRICS, Cells, Contrasts, Row, Setting, by_prompt, clip, contrasts, labels
 from .records import missed
-from .tabular import Column, Page, Table, check_alike, label, ok, versions
+from .tabular import Column, Page, Table, check_alike, label, named, ok, versions
 
 SAME = (
     "device", "versions", "weights_hash", "grid", "model", "model_settings", "dense", "executor", "batch",
@@ -229,7 +229,7 @@ def _methods(cells: Cells, rule: Contrasts) -> Table:
         f"was asked for. The dense clips: motion {motion}, scene {scene}."
     )
     if any(row["missed"] for row in rows):
-        each = (f"{named(row)} {row['missed']}" for row in rows if row["missed"])
+        each = (f"{named(row['method'])} {row['missed']}" for row in rows if row["missed"])
         note += f" *: off by more than 2 points, 1 beyond 90%, so no row of that sparsity: {', '.join(each)}."
     if any(row["clips_missed"] and not row["missed"] for row in rows):
         note += " (n off): single clips that are off by as much, where the mean is not."
@@ -286,7 +286,7 @@ def _diagnostics(notes: Sequence[Row]) -> Table:
         f"Means over the active calls of one clip: {', '.join(prompts)}. error: ||O - O_sparse|| / ||O||; mass: the "
         "share of attention that the kept blocks recall. By layer and step in results/records."
     )
-    columns: dict[str, Column] = {"sparsity": "{sparsity:g}", "method": named}
+    columns: dict[str, Column] = {"sparsity": "{sparsity:g}", "method": lambda row: named(row["method"])}
     columns |= {"error": "{error:.3f}", "mass": "{mass:.3f}"}
     rows = [{name: n[name] for name in ("sparsity", "method")} | n["mean"] for n in notes]
     return Table("diagnostics", columns, rows, "On the dense trajectory", note)

@@ -22,7 +22,7 @@ def expand(text: str) -> list[str]:
     name, colon, column = text.rpartition(":")
     if text.lower().endswith((".csv", ".txt")):
         raise ValueError(f"prompts must be {', '.join(suites())}, FILE.csv:COLUMN or [TEXT, ...], got {text!r}")
-    if not (colon and name.endswith(".csv")):
+    if not (colon and name.lower().endswith(".csv")):
         return [text]
     try:
         with Path(name).expanduser().open(encoding="utf-8-sig", newline="") as file:

@@ -136,7 +136,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with temporary.open("rb+") as file:
+        with temporary.open("rb") as file:  # it may be a link to what cannot be written
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
@@ -246,17 +246,14 @@ class Index:
     def __init__(self, folder: Path | str):
         self.folder = Path(folder).expanduser()
 
-    def path(self, cell_id: str) -> Path:
-        """Where the record of a finished cell lies; raises OSError, ValueError or KeyError if the index has none."""
-        return Path(json.loads((self.folder / f"{cell_id}.json").read_text(encoding="utf-8"))["record"])
-
-    def find(self, cell_id: str) -> dict[str, Any] | None:
-        """The record of this cell if its file is still there, is of this cell and has status ok."""
+    def find(self, cell_id: str) -> tuple[dict[str, Any], Path] | None:
+        """The record of this cell and its file, if that is still there, is of this cell and has status ok."""
         try:
-            record = read(self.path(cell_id))
+            path = Path(json.loads((self.folder / f"{cell_id}.json").read_text(encoding="utf-8"))["record"])
+            record = read(path)
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        return record if record.get("cell_id") == cell_id and record.get("status") == "ok" else None
+        return (record, path) if record.get("cell_id") == cell_id and record.get("status") == "ok" else None
 
     def add(self, record: Mapping[str, Any], path: Path | str) -> None:
         """Remember that `path` holds the finished `record`; raises OSError as `replacing`."""

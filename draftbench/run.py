@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import itertools
 import json
 import os
 import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -116,27 +119,24 @@ class Job:
     def run(self) -> list[dict[str, Any]]:
         """Skip what is finished, time the first clip, then generate and measure batch by batch."""
         cells = [(prompt, int(seed)) for prompt in self.config.prompts for seed in self.config.seeds]
-        rows, waiting = [], []
-        for number, cell in enumerate(cells):
-            done = None if self.config.force else self.found(cell, number, self.path(number, len(cells)))
-            if done is None:
-                waiting.append((number, cell))
-            else:
-                rows.append((number, done))
+        places = dict(zip(self.numbers(cells), cells, strict=True))
+        found = self.finished(places)
+        rows = [(number, row) for number, (row, _) in found.items()]
+        waiting = [(number, cell) for number, cell in places.items() if number not in found]
         if rows:
-            where = ", ".join(sorted({str(self.index.path(row["cell_id"]).parent) for _, row in rows}))
+            where = ", ".join(sorted({str(made.parent) for _, made in found.values()}))
             print(f"{len(rows)} of {len(cells)} cells were finished before, see {where}", file=sys.stderr)
             print("force=true runs them again", file=sys.stderr)
         failure = None
         if waiting:
-            self.claim([(self.path(number, len(cells)), cell) for number, cell in waiting])
+            self.claim(waiting, len(cells))
             failure = self.prepared()
         with tqdm(total=len(cells), initial=len(rows), desc="cells", disable=len(cells) == 1) as bar:
             for start in range(0, len(waiting), self.config.batch):
                 batch = waiting[start : start + self.config.batch]
                 made, clips = (self.failed(batch, failure), []) if failure else self.batch(batch)
                 for (number, _), row in zip(batch, made, strict=True):
-                    records.write(row, self.path(number, len(cells)))
+                    self.write(row, number, len(cells))
                     rows.append((number, row))
                     bar.update()
                 for i, ((number, cell), row) in enumerate(zip(batch, made, strict=True)):
@@ -149,35 +149,75 @@ class Job:
         if self.config.diagnostics and self.method.sparse and not failure and not self.no_quality:
             regions = Draft(region=self.config.model.geometry.region, stacked=False)
             spot = Spot(**self.config.maps, box=regions.box(self.model.grid))
-            if (waiting and waiting[0][0] == 0) or not self.diagnosed(spot):
+            first = next(iter(places))
+            if first not in found or not self.diagnosed(spot, found[first][1].parent):
                 self.diagnose(spot)
         if self.no_quality:
             print(f"draftbench: no quality, videos or diagnostics: {self.no_quality}", file=sys.stderr)
         return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
 
-    def found(self, cell: Cell, number: int, path: Path) -> dict[str, Any] | None:
-        """The record of a finished cell, written to `path`, its videos and picture beside it; None if any is gone."""
-        done = self.index.find(self.cell_id(*cell))
-        if done is None:
-            return None
-        made = self.index.path(done["cell_id"])
-        files = {made.with_name(f"{records.number(made)}_{name}"): f"{number:03}_{name}" for name in self.shown}
-        if not all(file.is_file() for file in files):
-            return None
-        records.write(done, path)
-        for file, name in files.items():
-            _bring(file, self.folder / name)
-        timed, here = made.with_name("baseline.json"), self.folder / "baseline.json"
-        known = records.read_all([timed], damaged=[]) if timed.is_file() and not here.exists() else []
-        if any(row["baseline_id"] == done["baseline_id"] for row in known):  # what its speed-ups divide by
-            _bring(timed, here)
-        return done
+    def numbers(self, cells: Sequence[Cell]) -> list[int]:
+        """The number of each cell's files, from 0, without those of finished cells of other clips in this folder."""
+        taken = set()
+        for path in self.folder.glob("record*.json"):
+            with suppress(OSError, ValueError):
+                record = records.read(path)
+                if record.get("status") == "ok" and (record.get("prompt"), record.get("seed")) not in cells:
+                    taken.add(int(records.number(path)))
+        return list(itertools.islice((number for number in itertools.count() if number not in taken), len(cells)))
 
-    def diagnosed(self, spot: Spot) -> bool:
-        """Bring the first clip's diagnostics from where it was made, if they are not here; False if any is gone."""
+    def finished(self, places: Mapping[int, Cell]) -> dict[int, tuple[dict[str, Any], Path]]:
+        """By number, the record of each cell that is finished, and where it was made; one lacking a file is not.
+
+        The record, its videos, picture and dense timing are in this run's folder afterwards.
+        """
+        found, files = {}, {}
+        for number, cell in places.items():
+            if self.config.force or (known := self.index.find(self.cell_id(*cell))) is None:
+                continue
+            made, begins = known[1], records.number(known[1])
+            beside = {made.with_name(f"{begins}_{name}"): f"{number:03}_{name}" for name in self.shown}
+            if all(file.is_file() for file in beside):
+                found[number], files[number] = known, beside
+        with tempfile.TemporaryDirectory(prefix=".moved", dir=self.folder) as aside:
+            for number, (_, made) in found.items():
+                if made.parent == self.folder.resolve() and made.name != self.path(number, len(places)).name:
+                    for file, name in list(files[number].items()):  # out of the way of what comes to its place
+                        _bring(file, Path(aside) / name)
+                        files[number][Path(aside) / name] = files[number].pop(file)
+            for number, (done, made) in list(found.items()):
+                try:
+                    for file, name in files[number].items():
+                        _bring(file, self.folder / name)
+                except FileNotFoundError:  # it went meanwhile
+                    del found[number]
+                    continue
+                self.write(done, number, len(places))
+                self.bring_baseline(done, made)
+                if made.parent == self.folder.resolve():
+                    _keep("a cell will be run again", partial(self.index.add, done, self.path(number, len(places))))
+        return found
+
+    def bring_baseline(self, done: dict[str, Any], made: Path) -> None:
+        """Have the dense timing that a finished record divides by, if it lies beside it and none is here."""
+        timed, here = made.with_name("baseline.json"), self.folder / "baseline.json"
+        known = records.read_all([timed], damaged=[]) if timed.is_file() else []
+        same = next((row for row in known if row["baseline_id"] == done["baseline_id"]), None)
+        if same and (not here.exists() or here.samefile(timed)):
+            _bring(timed, here)
+            self.baseline = same
+
+    def write(self, row: dict[str, Any], number: int, total: int) -> None:
+        """Write a cell's record; of the two names of the first there is one in a folder, for both own its videos."""
+        if number == 0:
+            self.path(0, 2 if total == 1 else 1).unlink(missing_ok=True)
+        records.write(row, self.path(number, total))
+
+    def diagnosed(self, spot: Spot, made: Path) -> bool:
+        """Bring the first clip's diagnostics from `made`, if they are not here; False if any is gone."""
         (prompt,), (seed,) = self.request.prompts, self.request.seeds
         cell_id = self.cell_id(prompt, seed)
-        for folder in (self.folder, self.index.path(cell_id).parent):
+        for folder in (self.folder, made):
             try:
                 note = json.loads((folder / "diagnostics.json").read_text(encoding="utf-8"))
                 same = (note["cell_id"], note["spot"]) == (cell_id, asdict(spot))
@@ -190,11 +230,12 @@ class Job:
                 return True
         return False
 
-    def claim(self, waiting: Sequence[tuple[Path, Cell]]) -> None:
+    def claim(self, waiting: Sequence[tuple[int, Cell]], total: int) -> None:
         """Leave a record that says so for every cell that is to come, for the case that the job is killed."""
-        for path, cell in waiting:
-            if not path.exists():  # it may be a finished one, with force=true
-                records.write(self.record(cell, status=UNFINISHED), path)
+        for number, cell in waiting:
+            if not self.path(number, total).exists():  # it may be a finished one, with force=true
+                steps = self.method.request(self.request).steps
+                self.write(self.record(cell, status=UNFINISHED, steps=steps), number, total)
 
     def prepared(self) -> Exception | None:
         """`prepare`, and what went wrong with it, if that is no bug of ours."""
@@ -400,7 +441,7 @@ class Job:
 
     def path(self, number: int, total: int) -> Path:
         """Where a cell's record goes."""
-        return self.folder / ("record.json" if total == 1 else f"record_{number:03}.json")
+        return self.folder / ("record.json" if (number, total) == (0, 1) else f"record_{number:03}.json")
 
     def cell_id(self, prompt: str, seed: int) -> str:
         """The hash of everything that shapes a cell: settings, weights, GPU, versions and the method's source."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .attention_tables import number
-from .tabular import Column, Page, Table, canvas, check_alike, label, made_by, ok, save
+from .tabular import Column, Page, Table, canvas, check_alike, made_by, named, ok, save
 
 Row = dict[str, Any]
 SAME = ("device", "versions", "commit")
@@ -184,7 +184,7 @@ def _named(row: Row, *before: str) -> str:
     count = row["dense_layers"]
     layers = f" ({count} dense layer{'s' if count > 1 else ''})" if count else ""
     sparsity = f" {row['sparsity']:.0%}" if row["method_settings"] else ""
-    return ", ".join([*before, f"{row['contestant']}{label(row['contestant'])}{sparsity}{layers}"])
+    return ", ".join([*before, f"{named(row['contestant'])}{sparsity}{layers}"])
 
 
 def _seconds(row: Row) -> str:

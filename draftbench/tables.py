@@ -181,7 +181,7 @@ def _paper(name: str, config: DictConfig, rows: Rows) -> Page:
 
 
 def _digest(draws: ModuleType, *sources: Path, settings: str = "") -> str:
-    """Of all that a picture depends on: its records, the sources of what draws it, and settings."""
+    """Of a picture's records, the settings of what it shows, and the two modules that draw: its own and `tabular`."""
     digest = hashlib.sha256(settings.encode())
     for path in (*sources, *(Path(str(module.__file__)) for module in (draws, tabular))):
         digest.update(hashlib.sha256(path.read_bytes()).digest())

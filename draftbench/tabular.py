@@ -117,6 +117,11 @@ def _escape(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in text)
 
 
+def named(method: str) -> str:
+    """A method's name and its label."""
+    return f"{method}{label(method)}"
+
+
 @cache
 def label(method: str) -> str:
     """What tables say behind the name of a method, " (mask only)", of its class today; nothing of most."""

@@ -66,7 +66,7 @@ def everything(q: Tensor) -> tuple[Plan, Layout]:
     return _every_pair(*q.shape[:3], q.device)
 
 
-@functools.lru_cache(maxsize=2)  # a list of all blocks is 94 MB at 992 of them and 24 heads
+@functools.lru_cache(maxsize=1)  # a list of all blocks is 94 MB at 992 of them and 24 heads
 def _every_pair(batch: int, length: int, heads: int, device: torch.device) -> tuple[Plan, Layout]:
     layout = Layout((1, 1, length))
     return every_pair(layout, torch.zeros(batch, dtype=torch.int64, device=device), heads), layout

@@ -40,7 +40,8 @@ class STA(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.window is not None and not (len(self.window) == 3 and all(n >= 1 for n in self.window)):
+        tiles = self.window if isinstance(self.window, Sequence) else ()
+        if self.window is not None and (len(tiles) != 3 or not all(isinstance(n, int) and n >= 1 for n in tiles)):
             raise ValueError(f"method.window must be null or three numbers of tiles, 1 or more, got {self.window}")
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Plan:
@@ -49,7 +50,7 @@ class STA(Method):
         if self.window is None:
             windows = choose_windows(box, grid, heads, round(1 - self.sparsity, 9))
         else:
-            t, h, w = (min(int(n), most) for n, most in zip(self.window, box.counts(grid), strict=True))
+            t, h, w = (min(n, most) for n, most in zip(self.window, box.counts(grid), strict=True))
             windows = ((t, h, w),) * heads
         return window_plan(box, windows, q, call)
 

@@ -157,7 +157,7 @@ def test_index_finds_finished_cells_only(tmp_path, monkeypatch):
     records.write(record(seed=4), "record.json")
     index.add(record(seed=4), "record.json")
     monkeypatch.chdir("/")
-    assert index.find("c0")["seed"] == 4
+    assert index.find("c0")[0]["seed"] == 4
     for other in (record(cell_id="c1"), record(status="failed: no memory")):
         records.write(other, tmp_path / "record.json")
         assert index.find("c0") is None

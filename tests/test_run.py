@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from draftbench.kernels import dense as dense_kernel
@@ -477,6 +478,31 @@ def test_stale_videos_of_a_number_are_no_other_cells(configured, tmp_path, monke
         run.job(other, tmp_path / "out")
     run.job(other, tmp_path / "out")
     assert (tmp_path / "out" / "000_draft.mp4").read_bytes() != old
+
+
+def test_other_seeds_in_a_folder_leave_the_finished_cells_their_files(configured, tmp_path, generated):
+    """Fewer, which would take a number of another clip, more in front, and one alone, whose record has another name."""
+    clips = {}
+    for folder, seeds in (("a", [0, 1]), ("a", [1]), ("a", [9, 0, 1]), ("b", [9]), ("b", [0, 9]), ("c", [1, 0, 9])):
+        generated.clear()
+        rows = run.job(configured("videos=true", f"seeds={seeds}", "batch=1"), tmp_path / folder)
+        new = {seed for seed in seeds if seed not in clips}
+        assert {seed for _, seeds, _ in generated for seed in seeds} == new and [row["seed"] for row in rows] == seeds
+        for path in (tmp_path / folder).glob("record*.json"):
+            record = records.read(path)
+            clip = (tmp_path / folder / f"{records.number(path)}_draft.mp4").read_bytes()
+            assert clips.setdefault(record["seed"], clip) == clip
+    assert len(set(clips.values())) == 3 and not list(tmp_path.glob("?/.*"))
+
+
+def test_finished_cells_are_brought_from_a_folder_that_cannot_be_written(job, monkeypatch):
+    job("videos=true")
+    for path in job.folder.iterdir():
+        path.chmod(0o444)
+    opened, real = [], Path.open
+    monkeypatch.setattr(Path, "open", lambda self, mode="r", *a, **k: opened.append(mode) or real(self, mode, *a, **k))
+    job("videos=true")
+    assert "rb" in opened and "rb+" not in opened  # root may write to anything
 
 
 @pytest.mark.parametrize("part", ["draw_recall", "draw_frames"])
