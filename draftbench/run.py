@@ -7,15 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import itertools
-import json
-import os
-import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +26,7 @@ from .attention import DenseParts, Method, Request, Session, Watch
 from .cache import FrameCache, digest
 from .diagnostics import Probe, Spot
 from .environment import alone, describe
+from .folder import Folder, keep
 from .kernels import dense as dense_kernel
 from .knob import Knobbed
 from .latency import Timer, Timing, in_turn
@@ -102,25 +97,28 @@ class Job:
         self.source = _source(*_classes(self.method), kernels, metrics)
         self.model_source = _source(type(self.model), attention, layout, dense_kernel, hook)
         cache = Path(config.cache).expanduser()
-        self.frames, self.index = FrameCache(cache / "frames", config.cache_gb), records.Index(cache / "cells")
+        self.frames = FrameCache(cache / "frames", config.cache_gb)
         self.memo: dict[tuple[str, Request], list[Clip]] = {}
         self.warm: set[type] = set()
         self.sparse_steps: set[int] = set()  # of a whole generation under the method
         self.timed: dict[str, Any] = {}
         self.told = False  # that the method never ran
-        self.baseline: dict[str, Any] | None = None  # the dense timing of this process, as a record
+        self.baseline: dict[str, Any] | None = None  # the dense timing of this process, or one that was brought
         self.request = Request((config.prompts[0],), (int(config.seeds[0]),), self.model.steps)
         # Of random weights there are latencies and densities, and no frames to compare.
         self.no_quality: str | None = getattr(self.model, "no_quality", None)
-        # The files of a cell beside its record, each after the cell's number.
         videos = config.videos and not self.no_quality
-        self.shown = ("dense.mp4", f"{self.name}.mp4", "side_by_side.png") if videos else ()
+        shown = ("dense.mp4", f"{self.name}.mp4", "side_by_side.png") if videos else ()
+        self.index = records.Index(cache / "cells")
+        self.place = Folder(folder, len(config.prompts) * len(config.seeds), shown, self.index)
 
     def run(self) -> list[dict[str, Any]]:
         """Skip what is finished, time the first clip, then generate and measure batch by batch."""
         cells = [(prompt, int(seed)) for prompt in self.config.prompts for seed in self.config.seeds]
-        places = dict(zip(self.numbers(cells), cells, strict=True))
-        found = self.finished(places)
+        places = dict(zip(self.place.numbers(cells), cells, strict=True))
+        known = {number: self.index.find(self.cell_id(*cell)) for number, cell in places.items()}
+        found = self.place.bring({number: done for number, done in known.items() if done and not self.config.force})
+        self.baseline = self.place.baseline
         rows = [(number, row) for number, (row, _) in found.items()]
         waiting = [(number, cell) for number, cell in places.items() if number not in found]
         if rows:
@@ -129,113 +127,39 @@ class Job:
             print("force=true runs them again", file=sys.stderr)
         failure = None
         if waiting:
-            self.claim(waiting, len(cells))
+            self.claim(waiting)
             failure = self.prepared()
         with tqdm(total=len(cells), initial=len(rows), desc="cells", disable=len(cells) == 1) as bar:
             for start in range(0, len(waiting), self.config.batch):
                 batch = waiting[start : start + self.config.batch]
                 made, clips = (self.failed(batch, failure), []) if failure else self.batch(batch)
                 for (number, _), row in zip(batch, made, strict=True):
-                    self.write(row, number, len(cells))
+                    self.place.write(row, number)
                     rows.append((number, row))
                     bar.update()
                 for i, ((number, cell), row) in enumerate(zip(batch, made, strict=True)):
                     if row["status"] != "ok":
                         continue
-                    if self.shown:  # after the records, so that a full disk loses none
+                    if self.place.shown:  # after the records, so that a full disk loses none
                         self.show(number, cell, *clips[i])
-                    path = self.path(number, len(cells))  # known as finished once all of it is there
-                    _keep("a cell will be run again", partial(self.index.add, row, path))
+                    self.place.finished(row, number)
         if self.config.diagnostics and self.method.sparse and not failure and not self.no_quality:
             regions = Draft(region=self.config.model.geometry.region, stacked=False)
             spot = Spot(**self.config.maps, box=regions.box(self.model.grid))
             first = next(iter(places))
-            if first not in found or not self.diagnosed(spot, found[first][1].parent):
+            wanted = {"cell_id": self.cell_id(*places[first]), "spot": asdict(spot)}
+            if first not in found or not self.place.bring_diagnostics(found[first][1].parent, wanted):
                 self.diagnose(spot)
         if self.no_quality:
             print(f"draftbench: no quality, videos or diagnostics: {self.no_quality}", file=sys.stderr)
         return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
 
-    def numbers(self, cells: Sequence[Cell]) -> list[int]:
-        """The number of each cell's files, from 0, without those of finished cells of other clips in this folder."""
-        taken = set()
-        for path in self.folder.glob("record*.json"):
-            with suppress(OSError, ValueError):
-                record = records.read(path)
-                if record.get("status") == "ok" and (record.get("prompt"), record.get("seed")) not in cells:
-                    taken.add(int(records.number(path)))
-        return list(itertools.islice((number for number in itertools.count() if number not in taken), len(cells)))
-
-    def finished(self, places: Mapping[int, Cell]) -> dict[int, tuple[dict[str, Any], Path]]:
-        """By number, the record of each cell that is finished, and where it was made; one lacking a file is not.
-
-        The record, its videos, picture and dense timing are in this run's folder afterwards.
-        """
-        found, files = {}, {}
-        for number, cell in places.items():
-            if self.config.force or (known := self.index.find(self.cell_id(*cell))) is None:
-                continue
-            made, begins = known[1], records.number(known[1])
-            beside = {made.with_name(f"{begins}_{name}"): f"{number:03}_{name}" for name in self.shown}
-            if all(file.is_file() for file in beside):
-                found[number], files[number] = known, beside
-        with tempfile.TemporaryDirectory(prefix=".moved", dir=self.folder) as aside:
-            for number, (_, made) in found.items():
-                if made.parent == self.folder.resolve() and made.name != self.path(number, len(places)).name:
-                    for file, name in list(files[number].items()):  # out of the way of what comes to its place
-                        _bring(file, Path(aside) / name)
-                        files[number][Path(aside) / name] = files[number].pop(file)
-            for number, (done, made) in list(found.items()):
-                try:
-                    for file, name in files[number].items():
-                        _bring(file, self.folder / name)
-                except FileNotFoundError:  # it went meanwhile
-                    del found[number]
-                    continue
-                self.write(done, number, len(places))
-                self.bring_baseline(done, made)
-                if made.parent == self.folder.resolve():
-                    _keep("a cell will be run again", partial(self.index.add, done, self.path(number, len(places))))
-        return found
-
-    def bring_baseline(self, done: dict[str, Any], made: Path) -> None:
-        """Have the dense timing that a finished record divides by, if it lies beside it and none is here."""
-        timed, here = made.with_name("baseline.json"), self.folder / "baseline.json"
-        known = records.read_all([timed], damaged=[]) if timed.is_file() else []
-        same = next((row for row in known if row["baseline_id"] == done["baseline_id"]), None)
-        if same and (not here.exists() or here.samefile(timed)):
-            _bring(timed, here)
-            self.baseline = same
-
-    def write(self, row: dict[str, Any], number: int, total: int) -> None:
-        """Write a cell's record; of the two names of the first there is one in a folder, for both own its videos."""
-        if number == 0:
-            self.path(0, 2 if total == 1 else 1).unlink(missing_ok=True)
-        records.write(row, self.path(number, total))
-
-    def diagnosed(self, spot: Spot, made: Path) -> bool:
-        """Bring the first clip's diagnostics from `made`, if they are not here; False if any is gone."""
-        (prompt,), (seed,) = self.request.prompts, self.request.seeds
-        cell_id = self.cell_id(prompt, seed)
-        for folder in (self.folder, made):
-            try:
-                note = json.loads((folder / "diagnostics.json").read_text(encoding="utf-8"))
-                same = (note["cell_id"], note["spot"]) == (cell_id, asdict(spot))
-                names = [*note["pictures"], "diagnostics.json"]
-            except (OSError, ValueError, KeyError, TypeError):
-                continue
-            if same and all((folder / name).is_file() for name in names):
-                for name in names:
-                    _bring(folder / name, self.folder / name)
-                return True
-        return False
-
-    def claim(self, waiting: Sequence[tuple[int, Cell]], total: int) -> None:
+    def claim(self, waiting: Sequence[tuple[int, Cell]]) -> None:
         """Leave a record that says so for every cell that is to come, for the case that the job is killed."""
         for number, cell in waiting:
-            if not self.path(number, total).exists():  # it may be a finished one, with force=true
+            if not self.place.record(number).exists():  # it may be a finished one, with force=true
                 steps = self.method.request(self.request).steps
-                self.write(self.record(cell, status=UNFINISHED, steps=steps), number, total)
+                self.place.write(self.record(cell, status=UNFINISHED, steps=steps), number)
 
     def prepared(self) -> Exception | None:
         """`prepare`, and what went wrong with it, if that is no bug of ours."""
@@ -335,7 +259,7 @@ class Job:
                 return [clip for clip in cached if clip is not None]
             made = [clip.frames for clip in self.clips(Dense(), request)]
             for key, frames in zip(keys, made, strict=True):
-                _keep("the reference was not cached", partial(self.frames.put, key, frames))
+                keep("the reference was not cached", partial(self.frames.put, key, frames))
         return made
 
     def batch(self, batch: Sequence[tuple[int, Cell]]) -> tuple[list[dict[str, Any]], list[tuple[Clip, Tensor]]]:
@@ -403,7 +327,7 @@ class Job:
 
     def show(self, number: int, cell: Cell, clip: Clip, dense: Tensor) -> None:
         """Write both videos and the side-by-side picture of a clip."""
-        first, second, picture = (self.folder / f"{number:03}_{name}" for name in self.shown)
+        first, second, picture = (self.folder / f"{number:03}_{name}" for name in self.place.shown)
         media.write_video(dense, first, self.model.fps)
         media.write_video(clip.frames, second, self.model.fps)
         title = {"method": self.name, "sparsity": self.config.sparsity, "prompt": cell[0], "seed": cell[1]}
@@ -438,10 +362,6 @@ class Job:
         }  # fmt: skip
         records.write(note, path)
         print(f"diagnostics: mean output error {means['error']:.4f}, recalled attention mass {means['mass']:.4f}")
-
-    def path(self, number: int, total: int) -> Path:
-        """Where a cell's record goes."""
-        return self.folder / ("record.json" if (number, total) == (0, 1) else f"record_{number:03}.json")
 
     def cell_id(self, prompt: str, seed: int) -> str:
         """The hash of everything that shapes a cell: settings, weights, GPU, versions and the method's source."""
@@ -487,25 +407,6 @@ class Progress(Watch):
     def attention(self) -> Any:
         """See `Watch.attention`."""
         return self.inner.attention()
-
-
-def _keep(otherwise: str, write: Callable[[], None]) -> None:
-    """Write to the cache; what fails there costs time later and no result, so it is told and not raised."""
-    try:
-        write()
-    except OSError as error:
-        print(f"draftbench: {otherwise}: {error.strerror or error}", file=sys.stderr)
-
-
-def _bring(file: Path, target: Path) -> None:
-    """Link a finished file to `target`, or copy it where that cannot be; it is only ever replaced, never written to."""
-    if target.exists() and target.samefile(file):
-        return
-    with records.replacing(target) as temporary:
-        try:
-            os.link(file, temporary)
-        except OSError:
-            shutil.copyfile(file, temporary)
 
 
 def _plain(method: Method) -> dict[str, Any]:

@@ -423,7 +423,7 @@ def test_files_are_copied_where_they_cannot_be_linked(job, monkeypatch):
     def refuse(*_):
         raise OSError(18, "Invalid cross-device link")
 
-    monkeypatch.setattr(run.os, "link", refuse)
+    monkeypatch.setattr("os.link", refuse)
     job(*ALL)
     for name in SHOWN | DIAGNOSED:
         assert (job.folder / name).read_bytes() == (first / name).read_bytes()
