@@ -116,8 +116,8 @@ class Job:
         """Skip what is finished, time the first clip, then generate and measure batch by batch."""
         cells = [(prompt, int(seed)) for prompt in self.config.prompts for seed in self.config.seeds]
         places = dict(zip(self.place.numbers(cells), cells, strict=True))
-        known = {number: self.index.find(self.cell_id(*cell)) for number, cell in places.items()}
-        found = self.place.bring({number: done for number, done in known.items() if done and not self.config.force})
+        known = {} if self.config.force else {n: self.index.find(self.cell_id(*cell)) for n, cell in places.items()}
+        found = self.place.bring({number: done for number, done in known.items() if done})
         self.baseline = self.place.baseline
         rows = [(number, row) for number, (row, _) in found.items()]
         waiting = [(number, cell) for number, cell in places.items() if number not in found]

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -118,15 +119,62 @@ def configured(one_thread, small):
     return make
 
 
+COMPILED = r"""
+import re, subprocess, tempfile
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+HOPPER = GPUTarget("cuda", 90, 32)
+
+def compiled(kernel, launch, aligned=(), **types):
+    # What Triton made of a kernel, and its registers, without a spill; its pointers are multiples of 16, and `aligned`
+    fixed = {name: launch.pop(name) for name in list(launch) if name.isupper()}
+    names = [param.name for param in kernel.params]
+    signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in names}
+    multiples = {name for name in names if signature[name][0] == "*"} | set(aligned)
+    hints = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in multiples}
+    made = triton.compile(ASTSource(kernel, signature, fixed, hints), target=HOPPER, options=launch)
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
+        ptx.write(made.asm["ptx"])
+        ptx.flush()
+        command = [get_ptxas(90).path, "-arch=sm_90a", "-v", ptx.name, "-o", ptx.name + ".cubin"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "0 bytes spill stores, 0 bytes spill loads" in said, said
+    return made, int(re.search(r"Used (\d+) registers", said)[1])
+
+"""
+
+
 @pytest.fixture
 def compiled_alone(tmp_path):
-    """Run a script that compiles kernels for a GPU and then prints "compiled", in a process without the interpreter."""
+    """Run a script that compiles kernels for a GPU and then prints "compiled", in a process without the interpreter.
+
+    It has `compiled` and `HOPPER` of `COMPILED`.
+    """
 
     def run(text):
         script = tmp_path / "compiled.py"  # Triton reads the source of its kernels from files
-        script.write_text(text)
+        script.write_text(COMPILED + text)
         env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
         ran = subprocess.run([sys.executable, "-P", script], capture_output=True, text=True, env=env, check=False)
         assert ran.stdout.startswith("compiled"), ran.stderr
 
     return run
+
+
+@pytest.fixture
+def no_waiting():
+    """A context in which whatever waits for the GPU is an error."""
+
+    @contextmanager
+    def context():
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return context

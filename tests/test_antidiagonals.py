@@ -89,7 +89,7 @@ def test_the_method_asks_for_them_where_blocks_fit_tiles(monkeypatch, tiles):
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
 @pytest.mark.parametrize("video, stride, dim", [(20_000, 8, 128), (20_003, 4, 64)])
-def test_no_synchronisation_and_a_graph(video, stride, dim, monkeypatch):
+def test_no_synchronisation_and_a_graph(video, stride, dim, monkeypatch, no_waiting):
     q, k = tensors(video, dim, torch.bfloat16, heads=4, text=256)
     expected = reference(q, k, video, 128, stride)
     rounded = xattention.antidiagonal_map(q, k, video, 128, stride)
@@ -97,41 +97,16 @@ def test_no_synchronisation_and_a_graph(video, stride, dim, monkeypatch):
     found = xattention.antidiagonal_map(q, k, video, 128, stride)  # compiles
     off = (found - expected).abs().max()
     assert off <= 1e-5 and off <= (rounded - expected).abs().max()
-    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.cuda.graph(graph):
-            made = xattention.antidiagonal_map(q, k, video, 128, stride)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with no_waiting(), torch.cuda.graph(graph):
+        made = xattention.antidiagonal_map(q, k, video, 128, stride)
     for _ in range(2):
         graph.replay()
         assert torch.equal(made, found)
 
 
-COMPILE = r"""
-import re, subprocess, tempfile
-import triton
+COMPILE = """
 from draftbench.kernels import antidiagonals
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
-
-def compiled(kernel, launch, **types):
-    fixed = {name: launch.pop(name) for name in list(launch) if name.isupper()}
-    names = [param.name for param in kernel.params]
-    signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in names}
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name, kind in types.items() if kind[0] == "*"}
-    source = ASTSource(kernel, signature, fixed, aligned)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch)
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
-        ptx.write(made.asm["ptx"])
-        ptx.flush()
-        command = [get_ptxas(90).path, "-arch=sm_90a", "-v", ptx.name, "-o", ptx.name + ".cubin"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    assert "0 bytes spill stores, 0 bytes spill loads" in said, said
-    return made, int(re.search(r"Used (\d+) registers", said)[1])
 
 kind, dtype, each = CASE
 launch = dict(antidiagonals.LAUNCH[kind])

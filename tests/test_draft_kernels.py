@@ -173,18 +173,14 @@ def test_rows_of_a_mask():
 
 @pytest.mark.gpu
 @needs_gpu
-def test_no_synchronisation_and_a_graph(monkeypatch):
+def test_no_synchronisation_and_a_graph(monkeypatch, no_waiting):
     monkeypatch.undo()
     layout = Layout((5, 45, 80), 256)
     q, k, v = tokens(layout, 1, 4, 128, torch.bfloat16)
     method, where = Draft(0.9), call(layout, (200,))
     eager = method.plan(q, k, v, where)  # compiles, and makes what is kept on the device
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         method.plan(q, k, v, where)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         plan = method.plan(q, k, v, where)

@@ -3,9 +3,7 @@
 import pytest
 
 COMPILE = """
-import triton
 from draftbench.kernels import gluon_forward as kernels
-from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -24,7 +22,7 @@ source = GluonASTSource(
     {**video, **text, "LSE": "*fp32", **pointers, "scale": "fp32", **numbers, **dict.fromkeys(fixed, "constexpr")},
     fixed,
 )
-made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4, maxnreg=168))
+made = triton.compile(source, target=HOPPER, options=dict(num_warps=4, maxnreg=168))
 assert made.metadata.shared <= 227 * 1024, made.metadata.shared
 assert made.asm["ptx"].count("wgmma.mma_async") > 0 and "setmaxnreg" in made.asm["ptx"]
 print("compiled", len(made.asm["cubin"]))

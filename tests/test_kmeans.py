@@ -99,7 +99,7 @@ def test_all_rounds_together(dtype, monkeypatch, tiles):
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("dim, count", [(64, 391), (128, 1000)])
-def test_no_synchronisation_and_a_graph(dim, count, monkeypatch):
+def test_no_synchronisation_and_a_graph(dim, count, monkeypatch, no_waiting):
     torch.manual_seed(0)
     x = torch.randn(1, 9001, 24, dim, device=DEVICE, dtype=torch.bfloat16).transpose(1, 2)
     start = x[:, :, :count].float()
@@ -107,12 +107,8 @@ def test_no_synchronisation_and_a_graph(dim, count, monkeypatch):
     assert same.float().mean() > 0.999  # of random tokens the two nearest can be as near up to rounding
     monkeypatch.undo()
     order, centroids, sizes = kmeans.kmeans(x, start, 2)  # compiles
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         kmeans.kmeans(x, start, 2)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = kmeans.kmeans(x, start, 2)
@@ -122,37 +118,18 @@ def test_no_synchronisation_and_a_graph(dim, count, monkeypatch):
             assert torch.equal(one, other)
 
 
-COMPILE = r"""
-import re, subprocess, tempfile
-import triton
+COMPILE = """
 from draftbench.kernels import clusters
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
-
-def compiled(kernel, launch, **types):
-    fixed = {name: launch.pop(name) for name in list(launch) if name.isupper()}
-    names = [param.name for param in kernel.params]
-    signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in types or name[:2] == "x_"}
-    source = ASTSource(kernel, signature, fixed, aligned)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch)
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
-        ptx.write(made.asm["ptx"])
-        ptx.flush()
-        command = [get_ptxas(90).path, "-arch=sm_90a", "-v", ptx.name, "-o", ptx.name + ".cubin"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    assert "0 bytes spill stores, 0 bytes spill loads" in said, said
-    return made, int(re.search(r"Used (\d+) registers", said)[1])
 
 dtype, dim = CASE
 x = {"X": dtype, "ORDER": "*i64", "STARTS": "*i64", "OLD": "*fp32", "NEW": "*fp32"}
-compiled(clusters._means, clusters.LAUNCH["means"] | {"D": dim, "WIDTH": dim}, **x)
+steps = ("x_b", "x_h", "x_s")
+compiled(clusters._means, clusters.LAUNCH["means"] | {"D": dim, "WIDTH": dim}, steps, **x)
 launch = clusters.LAUNCH["nearest"]
 warps, levels = launch["num_warps"], (launch["N"] // 8).bit_length() - 1
 made, registers = compiled(
-    clusters._nearest, launch | {"D": dim, "WIDTH": dim, "UPCAST": False, "LEVELS": levels},
-    X=dtype, LOW=dtype, HALF="*fp32", LABELS="*i32", count="i32",
+    clusters._nearest, launch | {"D": dim, "WIDTH": dim, "UPCAST": False, "LEVELS": levels}, (*steps, "count"),
+    X=dtype, LOW=dtype, HALF="*fp32", LABELS="*i32",
 )
 assert made.asm["ptx"].count("wgmma.mma_async") > 0
 # Two programs fit a multiprocessor: 228 KB of shared memory, 1 KB of it each program's, and 65536 registers.

@@ -142,16 +142,12 @@ SHAPES = {"even": ((4, 16, 32), 0), "ragged": ((3, 20, 40), 77)}
 @pytest.mark.gpu
 @each_executor
 @pytest.mark.parametrize("shape", SHAPES)
-def test_nothing_waits_for_the_device(name, shape):
+def test_nothing_waits_for_the_device(name, shape, no_waiting):
     q, k, v, plan, layout = problem(*SHAPES[shape])
     executor = runnable(name, q, plan)
     executor(q, k, v, plan, layout)  # compiles
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         executor(q, k, v, plan, layout)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def captured(function):

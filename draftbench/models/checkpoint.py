@@ -70,8 +70,8 @@ def _problem(folder: Path, index: dict[str, Any]) -> str | None:
         kind = part.split("_")[0]
         config = {"scheduler": "scheduler_config", "tokenizer": "tokenizer_config", "guider": "guider_config"}.get(kind)
         name = f"{part}/{config or 'config'}.json"
-        files = [str(file.relative_to(folder)) for file in sorted((folder / part).glob("*.json"))]
-        problems = (_json_problem(folder, file) for file in (name, *files))
+        files = (str(file.relative_to(folder)) for file in sorted((folder / part).glob("*.json")))
+        problems = (_json_problem(folder, file) for file in dict.fromkeys((name, *files)))
         if problem := next(filter(None, problems), None):
             return problem
         has_words = kind == "tokenizer" and value[1] != "ByT5Tokenizer"  # whose vocabulary is the bytes
