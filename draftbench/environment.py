@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,12 +26,23 @@ if TYPE_CHECKING:
 
 _PACKAGE = Path(__file__).resolve().parent
 STAMP = _PACKAGE / "_stamp.json"
+UNKNOWN: dict[str, Any] = {"commit": "unknown", "dirty": True}
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """{"device": the GPU's or CPU's name, "versions": {package: version or None}, "commit": hash, "dirty": bool}."""
+    """{"device": the GPU's or CPU's name, "versions": {package: version or None}, "commit": hash, "dirty": bool}.
+
+    Warns if nothing tells the commit, before hours of work whose records then count as uncommitted.
+    """
     import torch
 
+    made = commit()
+    if made["commit"] == UNKNOWN["commit"]:
+        warnings.warn(
+            "neither git nor a stamp tells the commit of this code, so records count as uncommitted; "
+            "`python -m draftbench.environment stamp` writes a stamp, in a checkout before it is copied",
+            stacklevel=2,
+        )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     versions = {
         "python": platform.python_version(),
@@ -42,7 +54,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "diffusers": _version("diffusers"),
         "draftbench": _version("draftbench") or _project().get("version"),
     }
-    return {"device": name, "versions": versions, **commit()}
+    return {"device": name, "versions": versions, **made}
 
 
 def resolve_device(name: str) -> torch.device:
@@ -95,7 +107,7 @@ def alone(device: torch.device) -> Iterator[None]:
 
 def commit() -> dict[str, Any]:
     """{"commit": full git hash or "unknown", "dirty": whether tracked files, or stamped sources, differ from it}."""
-    return _from_git() or _from_stamp() or {"commit": "unknown", "dirty": True}
+    return _from_git() or _from_stamp() or dict(UNKNOWN)
 
 
 def stamp(path: Path = STAMP) -> None:

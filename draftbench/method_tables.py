@@ -18,7 +18,7 @@ import numpy as np
 from .bootstrap import estimate
 from .contrasts import METRICS, Cells, Contrasts, Row, Setting, by_prompt, clip, contrasts, labels
 from .records import missed
-from .tabular import Column, Page, Table, check_alike, label, named, ok, versions
+from .tabular import Column, Page, Table, check_alike, commits, label, named, ok, versions
 
 SAME = (
     "device", "versions", "weights_hash", "grid", "model", "model_settings", "dense", "executor", "batch",
@@ -109,17 +109,11 @@ def _caveats(rows: Sequence[Row], source: str) -> list[str]:
 
 def provenance(rows: Sequence[Row]) -> str:
     """A sentence: the model, grid, weights, device, versions and commits of rows that share a table."""
-    first = rows[0]
-    made: dict[str, set[str]] = defaultdict(set)
-    for row in rows:
-        made[row["commit"]].add(row["method"])
-    commits = f"commit `{first['commit'][:12]}`"
-    if len(made) > 1:
-        each = (f"`{commit[:12]}` ({', '.join(sorted(methods))})" for commit, methods in sorted(made.items()))
-        commits = f"the same dense clips at commits {', '.join(each)}"
+    first, made = rows[0], commits(rows, "method")
+    same = "the same dense clips at " if made.startswith("commits") else ""
     return (
         f"{first['model']}, token grid {'x'.join(map(str, first['grid']))}, weights `{first['weights_hash'][:12]}`, "
-        f"on one {first['device']}, {versions(first)}, {commits}."
+        f"on one {first['device']}, {versions(first)}, {same}{made}."
     )
 
 

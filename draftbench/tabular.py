@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -154,10 +155,20 @@ def versions(row: Row) -> str:
     return ", ".join(f"{name} {value}" for name, value in row["versions"].items() if value)
 
 
-def made_by(rows: Sequence[Row]) -> str:
-    """Versions and commit of rows that share both, and whether it was that commit."""
+def made_by(rows: Sequence[Row], each: str = "") -> str:
+    """Versions of rows that share them, and `commits`, and whether it was those commits."""
     dirty = ", with changes that are not committed" if any(row["dirty"] for row in rows) else ""
-    return f"{versions(rows[0])}; commit `{rows[0]['commit'][:12]}`{dirty}"
+    return f"{versions(rows[0])}; {commits(rows, each)}{dirty}"
+
+
+def commits(rows: Sequence[Row], each: str) -> str:
+    """The commit of rows; of several, what each made, by the field `each`."""
+    made: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        made[f"`{row['commit'][:12]}`"].add(str(row[each]) if each else "")
+    if len(made) == 1:
+        return f"commit {min(made)}"
+    return "commits " + ", ".join(f"{name} ({', '.join(sorted(what))})" for name, what in sorted(made.items()))
 
 
 def canvas(width: float, height: float) -> Any:

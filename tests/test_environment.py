@@ -172,3 +172,12 @@ def test_one_run_at_a_time_has_the_gpu(tmp_path, end):
     else:
         first.communicate("\n", timeout=60)
     assert second.communicate("\n", timeout=60)[0] == "has it\n" and second.returncode == 0
+
+
+def test_an_unknown_commit_is_told_before_the_work(monkeypatch, recwarn):
+    monkeypatch.setattr(environment, "commit", lambda: {"commit": "a" * 40, "dirty": True})
+    environment.describe(torch.device("cpu"))
+    assert not recwarn
+    monkeypatch.setattr(environment, "commit", lambda: environment.UNKNOWN)
+    with pytest.warns(UserWarning, match="neither git nor a stamp tells the commit of this code"):
+        assert environment.describe(torch.device("cpu"))["dirty"]
