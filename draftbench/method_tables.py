@@ -108,12 +108,14 @@ def _caveats(rows: Sequence[Row], source: str) -> list[str]:
 
 
 def provenance(rows: Sequence[Row]) -> str:
-    """A sentence: the model, grid, weights, device, versions and commits of rows that share a table."""
+    """A sentence: the model, grid, weights, guidance, device, versions and commits of rows that share a table."""
     first, made = rows[0], commits(rows, "method")
     same = "the same dense clips at " if made.startswith("commits") else ""
+    guidance = (first["model_settings"] or {}).get("guidance")
     return (
         f"{first['model']}, token grid {'x'.join(map(str, first['grid']))}, weights `{first['weights_hash'][:12]}`, "
-        f"on one {first['device']}, {versions(first)}, {same}{made}."
+        f"{'' if guidance is None else f'guidance {guidance:g}, '}on one {first['device']}, {versions(first)}, "
+        f"{same}{made}."
     )
 
 

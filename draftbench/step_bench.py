@@ -60,7 +60,7 @@ TINY = (  # for the tests
 
 @dataclass(frozen=True)
 class Case:
-    """A model by the overrides of its config; DraftAttention's sparsities and dense layers for it; threads of a CPU."""
+    """A model by the overrides of its config; DraftAttention's sparsities and .9, its dense layers; a CPU's threads."""
 
     overrides: tuple[str, ...]
     sparsities: tuple[float, ...]

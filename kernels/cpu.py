@@ -22,7 +22,7 @@ def refuse(q: Tensor, plan: Plan) -> str | None:
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, layout: Layout) -> tuple[Tensor, Tensor]:
-    """See `draftbench.kernels`; any plan, float32, float64 or bfloat16."""
+    """See `draftbench.kernels`; any plan, any floating dtype."""
     batch, length, heads, dim = q.shape
     q_rows, kv_rows = (_rows(order, layout, batch, heads) for order in (plan.q_order, plan.kv_order))
     q, k, v = (x.reshape(-1, dim) for x in (q, k, v))

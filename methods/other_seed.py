@@ -1,4 +1,4 @@
-"""Control: the dense video of another seed, as far from the reference as two videos of one prompt can be."""
+"""Control: the dense video of another seed: how far two dense videos of one prompt lie apart."""
 
 from __future__ import annotations
 

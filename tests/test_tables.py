@@ -58,6 +58,8 @@ def test_the_table_has_means_over_clips():
     assert text.index("| dense |") < text.index("| draft |")
     assert "The dense clips: motion 1.00, scene 1.00." in text
     assert "pocket, token grid 8x16x24, weights `aaaaaaaaaaaa`, on one H100, torch 2.13, commit `cccccccccccc`" in text
+    guided = [one | {"model_settings": {"guidance": 4.5}} for one in rows]
+    assert "weights `aaaaaaaaaaaa`, guidance 4.5, on one H100" in markdown(guided, "some")
 
 
 def test_a_bound_is_told_from_a_value_and_draws_that_resolve_nothing_are_refused():
