@@ -149,7 +149,8 @@ class Call:
     step counts from 0 of `steps`, from the scheduler; layer and branch identify the call: "cond", "uncond" or, when the
     guidance branches are one batch, "both" (conditional items first) or "both_reversed"; text_lengths is the real text
     of each item, int64 [B] on the device; seeds has one entry an item. `state` is kept by (layer, branch) and reset for
-    each video.
+    each video and each network; spans tells the first active step, those from which another network of the pipeline
+    runs (as Wan 2.2's second), and `steps`.
     """
 
     layout: Layout
@@ -163,6 +164,7 @@ class Call:
     state: dict[str, Any]
     executor: Executor
     meter: Meter
+    spans: tuple[int, ...]
 
     def execute(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Run the plan and count it; output [B, S, H, D]."""
@@ -306,11 +308,14 @@ class Session:
         self.step, self.steps, self.timestep = 0, 1, math.inf
         self.states: dict[tuple[int, str], dict[str, Any]] = {}
         self.sparse_steps: set[int] = set()  # those in which the method was asked
+        self.switches: tuple[int, ...] = ()
+        self.first: int | None = None  # of this generation's steps in which the method is asked
         self._read: tuple[Tensor | None, Sequence[int]] = (None, ())
 
-    def start(self, clips: int) -> None:
-        """Begin a new batch of `clips` clips: forget the methods' state, count anew."""
+    def start(self, clips: int, switches: tuple[int, ...] = ()) -> None:
+        """Begin a new batch of `clips` clips: forget the methods' state, count anew; switches: see `Model`."""
         self.states.clear()
+        self.switches, self.first = switches, None
         self.meter = Meter(clips, counting=self.counting)
 
     def finish(self) -> None:
@@ -344,10 +349,11 @@ class Session:
             self.meter.add_dense(layout, text_lengths, q.shape[2])
             return self.dense(q, k, v, layout, self.on_host(text_lengths))
         self.sparse_steps.add(self.step)
+        self.first = self.step if self.first is None else self.first
         state = self.states.setdefault((layer, branch), {})
         call = Call(
             layout, self.step, self.steps, layer, branch, text_lengths, seeds, head_offset, state, self.executor,
-            self.meter,
+            self.meter, spans(self.first, self.switches, self.steps),
         )  # fmt: skip
         return self._attend(q, k, v, call)
 
@@ -357,3 +363,8 @@ class Session:
         if self.meter.sparse_calls == before:
             raise RuntimeError(f"{type(self.method).__name__} executed no plan, so its density cannot be measured")
         return result
+
+
+def spans(first: int, switches: tuple[int, ...], steps: int) -> tuple[int, ...]:
+    """See `Call.spans`: the first active step, the later ones from which another network runs, the number of steps."""
+    return (first, *(step for step in switches if first < step < steps), steps)

@@ -192,7 +192,7 @@ def _tiled(x: Tensor, source: Layout, shape: Shape, generator: torch.Generator) 
 
 def _call(shape: Shape, device: torch.device, executor: Executor) -> Call:
     lengths = torch.full((1,), shape.text, device=device)
-    return Call(shape.layout, 0, 1, 0, "cond", lengths, (0,), 0, {}, executor, Meter(counting=False))
+    return Call(shape.layout, 0, 1, 0, "cond", lengths, (0,), 0, {}, executor, Meter(counting=False), (0, 1))
 
 
 def no_executor(q: Tensor, k: Tensor, v: Tensor, plan: Plan, layout: Layout) -> tuple[Tensor, Tensor]:

@@ -181,4 +181,4 @@ class Midway:
         shape = self.case.shape
         lengths = torch.full((1,), shape.text, device=self.case.q.device)
         meter = Meter(counting=False)
-        return Call(shape.layout, step, STEPS, 0, "cond", lengths, (0,), 0, state, executor, meter)
+        return Call(shape.layout, step, STEPS, 0, "cond", lengths, (0,), 0, state, executor, meter, (STEP, STEPS))

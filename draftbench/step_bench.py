@@ -413,8 +413,8 @@ class Apart(Meter):
 class _Counting(Session):
     """A session whose meter is `Apart`."""
 
-    def start(self, clips: int) -> None:
-        super().start(clips)
+    def start(self, clips: int, switches: tuple[int, ...] = ()) -> None:
+        super().start(clips, switches)
         self.meter = Apart(clips)
 
 

@@ -8,7 +8,7 @@ Full steps are run as two plans, the window and what it leaves out, and put toge
 once, as dense attention, and rho and R for nothing. They are executed and counted as what they are.
 Deviations: the window is one of block diagonals over the tokens in patch-major order (place * frames + frame), whose
 density is nearest to what it should be; the first active step is full, since a dense step before it tells a method
-nothing.
+nothing, and so is the first of a second transformer, as Wan 2.2 has, whose attention is another.
 
 Between steps each layer and guidance branch holds R, as large as the attention's output, and one float32 a row and
 head: at HunyuanVideo's 768p shape .79 GB a layer in bfloat16, 47 GB for its 60.
@@ -22,6 +22,7 @@ more; what no period leaves is refused.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -30,7 +31,7 @@ import torch
 from draftbench.methods.svg import band_mask, patch_major
 from torch import Tensor
 
-from ..attention import Call, DenseParts, Method, Plan
+from ..attention import Call, DenseParts, Method, Plan, spans
 from ..kernels.select import complement, plan_from_mask
 from ..layout import Index, even_sizes
 from ..parts import part
@@ -66,30 +67,32 @@ class ReTtention(Method):
     def meet(self, model: Model, parts: DenseParts) -> None:
         """See `Method.meet`: whether the sparsity can be met in the model's steps."""
         steps = range(model.steps)
-        active = sum(not parts.covers(step, model.steps, -math.inf, parts.layers) for step in steps)
-        if active and parts.timestep is None:
-            self.schedule(active)
+        first = next((step for step in steps if not parts.covers(step, model.steps, -math.inf, parts.layers)), None)
+        if first is not None and parts.timestep is None:
+            self.schedule(spans(first, model.switches, model.steps))
 
-    def schedule(self, active: int) -> tuple[int, float]:
-        """(Period, density of the window) over a number of active steps; ValueError for a sparsity out of reach."""
+    def schedule(self, spans: tuple[int, ...]) -> tuple[int, float]:
+        """(Period, density of the window) over `Call.spans`; ValueError for a sparsity out of reach."""
         if self.window_sparsity is not None:
             return self.period, 1 - self.window_sparsity
         if self.sparsity == 0:
             return self.period, 1.0
-        for period in range(self.period, max(self.period, active) + 1):
-            full = math.ceil(active / period)
+        lengths = [end - start for start, end in itertools.pairwise(spans)]
+        active, least = sum(lengths), len(lengths)
+        for period in range(self.period, max(self.period, *lengths) + 1):
+            full = sum(math.ceil(length / period) for length in lengths)
             left = (1 - self.sparsity) * active - full
             if full < active and left >= THINNEST * (active - full):
                 return period, left / (active - full)
         raise ValueError(
-            f"sparsity={self.sparsity:g} is out of re_ttention's reach in {active} active steps, one of which is full: "
-            f"its window must keep {THINNEST:g} or more; give more steps, less sparsity, or method.window_sparsity "
-            f"with sparsity=0"
+            f"sparsity={self.sparsity:g} is out of re_ttention's reach in {active} active steps, {least} of which "
+            f"{'is' if least == 1 else 'are'} full: its window must keep {THINNEST:g} or more; give more steps, less "
+            f"sparsity, or method.window_sparsity with sparsity=0"
         )
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Plan:
         """See `Method.plan`: the window, which depends on the grid and the schedule alone."""
-        _, density = self.schedule(call.steps - call.state.setdefault("first", call.step))
+        _, density = self.schedule(call.spans)
         video = call.layout.video
         mask = band_mask(video, self.block, round(density, 9), q.device).expand(len(q), q.shape[2], -1, -1)
         order = Index(patch_major(call.layout.grid, q.device)[None, None])
@@ -101,9 +104,8 @@ class ReTtention(Method):
             plan = self.plan(q, k, v, call)
         if self.sparsity == 0 and self.window_sparsity is None:
             return call.execute(plan, q, k, v)
-        first = call.state["first"]
-        period, _ = self.schedule(call.steps - first)
-        since = (call.step - first) % period
+        period, _ = self.schedule(call.spans)
+        since = (call.step - max(start for start in call.spans if start <= call.step)) % period
         if since == 0:
             with part("list"):
                 rest = complement(plan)

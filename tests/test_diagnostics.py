@@ -116,7 +116,7 @@ def test_maps_are_those_of_one_head_of_the_first_item():
 def test_kept_pairs_of_any_order_add_up_to_what_was_executed(method):
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, LAYOUT.length, 3, 16) for _ in range(3))
-    call = Call(LAYOUT, 1, 3, 0, "cond", LENGTHS[:1], (0,), 0, {}, run("reference"), Meter())
+    call = Call(LAYOUT, 1, 3, 0, "cond", LENGTHS[:1], (0,), 0, {}, run("reference"), Meter(), (0, 3))
     plan = method.plan(q, k, v, call)
     box = Box(1, 3, 4)  # not the method's
     sizes = box_sizes(box, LAYOUT.grid, q.device)

@@ -38,8 +38,8 @@ def tensors(grid, text=5, heads=2, dim=16):
 
 
 def called(grid, text=5, state=None, step=6):
-    state = {} if state is None else state
-    return Call(Layout(grid, text), step, 10, 1, "cond", torch.tensor([text]), (3,), 0, state, run("cpu"), Meter())
+    state, lengths = {} if state is None else state, torch.tensor([text])
+    return Call(Layout(grid, text), step, 10, 1, "cond", lengths, (3,), 0, state, run("cpu"), Meter(), (0, 10))
 
 
 def kept_tokens(method, grid, text=5, state=None, step=6):
@@ -557,7 +557,7 @@ def test_re_ttention_is_the_papers_rule(grid, window):
     torch.manual_seed(0)
     for step in range(6, 12):
         q, k, v = torch.randn(3, 1, length, 2, 16)
-        call = Call(layout, step, 12, 1, "cond", torch.tensor([5]), (3,), 0, state, run("cpu"), meter)
+        call = Call(layout, step, 12, 1, "cond", torch.tensor([5]), (3,), 0, state, run("cpu"), meter, (6, 12))
         before = float(meter.kept[0]) if step > 6 else 0.0
         out = method.attend(q, k, v, call)[0]
         weight = (torch.einsum("qhd,khd->hqk", q[0], k[0]) / 4).exp()
@@ -591,16 +591,20 @@ def test_re_ttentions_window_is_a_band_of_places_in_every_frame(grid):
 
 
 def test_re_ttention_counts_its_full_steps_and_refuses_what_they_leave_no_room_for():
-    assert ReTtention(0.5).schedule(15) == (5, (0.5 * 15 - 3) / 12)
-    assert ReTtention(0.75).schedule(15) == (5, (0.25 * 15 - 3) / 12)
-    period, density = ReTtention(0.9).schedule(15)
+    assert ReTtention(0.5).schedule((0, 15)) == (5, (0.5 * 15 - 3) / 12)
+    assert ReTtention(0.75).schedule((5, 20)) == (5, (0.25 * 15 - 3) / 12)
+    period, density = ReTtention(0.9).schedule((0, 15))
     assert period == 15 and abs(density - 0.5 / 14) < 1e-9
+    assert ReTtention(0.75).schedule((10, 26, 40)) == (6, (0.25 * 30 - 6) / 24)  # three full ones in each
+    assert ReTtention(0.9).schedule((10, 26, 40)) == (16, pytest.approx((0.1 * 30 - 2) / 28))
     for sparsity, active in ((0.95, 15), (0.5, 1), (0.9, 10)):
         with pytest.raises(ValueError, match=rf"sparsity={sparsity} is out of re_ttention's reach in {active} active"):
-            ReTtention(sparsity).schedule(active)
-    ReTtention(0.9).meet(SimpleNamespace(steps=20), DenseParts(0.25))
-    with pytest.raises(ValueError, match="in 10 active steps"):
-        ReTtention(0.9).meet(SimpleNamespace(steps=20), DenseParts(0.5))
+            ReTtention(sparsity).schedule((0, active))
+    ReTtention(0.9).meet(SimpleNamespace(steps=20, switches=()), DenseParts(0.25))
+    with pytest.raises(ValueError, match="in 10 active steps, 1 of which is full"):
+        ReTtention(0.9).meet(SimpleNamespace(steps=20, switches=()), DenseParts(0.5))
+    with pytest.raises(ValueError, match="in 15 active steps, 2 of which are full"):
+        ReTtention(0.9).meet(SimpleNamespace(steps=20, switches=(10,)), DenseParts(0.25))
     with pytest.raises(ValueError, match=r"method.window_sparsity must be null or in \[0, 1\), got 1.2"):
         ReTtention(window_sparsity=1.2)
     with pytest.raises(ValueError, match=r"method.period must be at least 1, got 0"):

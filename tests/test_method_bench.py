@@ -47,7 +47,7 @@ def test_every_method_has_its_times_or_its_reason(run):
 def test_what_a_method_keeps_between_steps_is_there_and_stays_as_it_was():
     case = method_bench.dense_case(method_bench.SHAPES["tiny"], "turn left", 0)
     one = method_bench.Midway(case, method_bench.made_for(case.shape, "re_ttention", 0.6))
-    assert set(one.state) == {"first", "rho", "residual"} and one.state["first"] == method_bench.STEP
+    assert set(one.state) == {"rho", "residual"}
     before = {name: id(value) for name, value in one.state.items()}
     assert (one.attend() == one.attend()).all()  # each from the same state
     two = method_bench.Midway(case, method_bench.made_for(case.shape, "svg2", 0.6))

@@ -76,7 +76,7 @@ def tensors(grid, heads=2, dim=16):
 
 def called(grid, step=6, state=None):
     state = {} if state is None else state
-    return Call(Layout(grid), step, 30, 1, "cond", torch.tensor([0]), (3,), 0, state, run("cpu"), Meter())
+    return Call(Layout(grid), step, 30, 1, "cond", torch.tensor([0]), (3,), 0, state, run("cpu"), Meter(), (6, 30))
 
 
 def kept(plan):

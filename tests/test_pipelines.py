@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import torch
 import yaml
 from draftbench.kernels import dense, run
 from draftbench.methods.dense import Dense
+from draftbench.methods.re_ttention import ReTtention
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
@@ -397,9 +399,10 @@ def test_methods_at_sparsity_zero_are_dense_and_else_sparse(family, name, models
     if not build(name, asked).sparsity:
         return
     session = Spy(build(name, asked, FAMILIES[family].grid))
-    if name == "re_ttention" and family == "wan22_a14b":  # its second transformer has one step, which is full
-        with pytest.raises(ValueError, match="in 1 active steps"):
-            hooked(model, wanted, session)
+    if name == "re_ttention" and family == "wan22_a14b":  # each of its transformers has one step, which is full
+        for refused in (lambda: session.method.meet(model, DenseParts()), lambda: hooked(model, wanted, session)):
+            with pytest.raises(ValueError, match="in 2 active steps, 2 of which are full"):
+                refused()
         return
     latents = hooked(model, wanted, session)
     assert latents.isfinite().all() and not torch.equal(latents, expected)
@@ -408,6 +411,21 @@ def test_methods_at_sparsity_zero_are_dense_and_else_sparse(family, name, models
     assert session.meter.calls == STEPS * calls and session.meter.sparse_calls == (STEPS - 1) * calls
     if not isinstance(session.method, Calibrated):
         assert all(abs(achieved - asked) < 0.1 for achieved in session.meter.sparsity())
+
+
+def test_a_second_transformer_is_told_before_it_runs(models):
+    """Wan 2.2's: from the configs alone, at each generation, and to a method that must begin anew with it."""
+    model, session, ran = models("wan22_a14b", steps=12), Spy(ReTtention(0.5, period=3, block=8)), {}
+    with ExitStack() as stack:
+        for network in networks(model):
+            hook = network.register_forward_hook(lambda module, *_: ran.update({session.step: module}))
+            stack.callback(hook.remove)
+        hooked(model, batch(SHORT, steps=12), session)
+    (switch,) = [step for step in range(1, 12) if ran[step] is not ran[step - 1]]
+    assert 4 < switch < 11 and model.switches == session.switches == (switch,) and session.first == 3
+    assert abs(session.meter.sparsity()[0] - 0.5) < 0.02
+    session.method.meet(model, DenseParts())
+    assert models("ltx").switches == ()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -434,7 +452,8 @@ def test_a_batch_of_both_branches_draws_as_each_alone():
     from draftbench.layout import Layout
 
     def draw(branch, item, seeds):
-        call = Call(Layout((1, 1, 1)), 1, 3, 0, branch, torch.zeros(len(seeds)), seeds, 0, {}, run("cpu"), Meter())
+        lengths = torch.zeros(len(seeds))
+        call = Call(Layout((1, 1, 1)), 1, 3, 0, branch, lengths, seeds, 0, {}, run("cpu"), Meter(), (0, 3))
         return call.generator(item, torch.device("cpu")).initial_seed()
 
     seeds = (7, 7)

@@ -15,7 +15,7 @@ class Model(Protocol):
 
     name: as in conf/model; weights_hash: SHA-256 of the weights, hexadecimal; device: where it runs; dtype: of its
     attention, as torch names it; grid: the token grid (T, H, W); steps: the sampler's steps if a request names none;
-    fps: frames a second of the written videos.
+    switches: the steps from which another of its networks runs, () of one network; fps: frames a second of the videos.
     One whose clips can't be judged says why as `no_quality`; its clips have no frames.
     """
 
@@ -25,6 +25,7 @@ class Model(Protocol):
     dtype: str
     grid: tuple[int, int, int]
     steps: int
+    switches: tuple[int, ...]
     fps: int
 
     def check(self, prompts: list[str]) -> None:
@@ -34,7 +35,7 @@ class Model(Protocol):
     def generate(self, request: Request, session: Session, last_step: int | None = None) -> Tensor:
         """Clips uint8 RGB [B, T, 3, h, w] on the CPU, one a prompt and seed of the request.
 
-        Calls `session.start(clips)` once, `session.at_step(index, steps, timestep)` before each step,
+        Calls `session.start(clips, switches)` once, `session.at_step(index, steps, timestep)` before each step,
         `session(q, k, v, ...)` at each self-attention and `session.finish()` after the last step and before decoding.
         `last_step` stops after that many steps (for timing). The unpatched model is restored always, also after an
         exception.

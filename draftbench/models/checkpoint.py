@@ -49,6 +49,14 @@ def read(folder: Path, name: str) -> dict[str, Any]:
     return config
 
 
+def scheduler(folder: Path) -> Any:
+    """The checkpoint's scheduler."""
+    import diffusers
+
+    kind = read(folder, "model_index.json")["scheduler"][1]
+    return getattr(diffusers, kind).from_pretrained(folder / "scheduler", local_files_only=True)
+
+
 def sha256(folder: Path, pattern: str) -> str:
     """SHA-256 over the names and bytes of the files that match, in the order of their names."""
     digest = hashlib.sha256()

@@ -76,6 +76,11 @@ class Hook:
         hidden: Tensor = inputs["hidden_states"]
         return torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
 
+    @staticmethod
+    def switches(pipe: Any) -> tuple[int, ...]:
+        """The steps of the generation that begins from which another transformer runs; none unless overridden."""
+        return ()
+
     def __init__(self, pipe: Any, session: Session, seeds: tuple[int, ...] | None = None, last: int | None = None):
         self.pipe, self.session, self.seeds, self.last = pipe, session, seeds, last
         self.transformers = transformers(pipe)
@@ -119,7 +124,7 @@ class Hook:
             self.timesteps, self.step = scheduler.timesteps, -1
             self.both = self.branch == "cond_uncond" and pipe.guidance_scale > 1  # one batch, unconditional items first
             self.clips = len(self.lengths) // (2 if self.both else 1)
-            self.session.start(self.clips)
+            self.session.start(self.clips, self.switches(pipe))
         if module is not self.network:  # of several that share the steps, as in Wan 2.2
             self.network = module
             self.session.states.clear()

@@ -112,6 +112,11 @@ class Pipeline:
         size = transformer.get("patch_size", 2)
         return transformer.get("patch_size_t") or 1, size, size
 
+    @property
+    def switches(self) -> tuple[int, ...]:
+        """See `draftbench.models.Model`; read off configs alone."""
+        return ()
+
     def schedule(self, pipe: Any) -> None:
         """Set the pipeline's scheduler, and what else is no argument of its call."""
 

@@ -58,6 +58,19 @@ class WanHook(Hook):
         """See `Hook.grid`."""
         return in_patches(inputs["hidden_states"].shape[2:], config.patch_size)
 
+    @staticmethod
+    def switches(pipe: Any) -> tuple[int, ...]:
+        """See `Hook.switches`."""
+        return switch(pipe.scheduler, pipe.config.boundary_ratio)
+
+
+def switch(scheduler: Any, boundary: float | None) -> tuple[int, ...]:
+    """The first of a scheduler's timesteps below a share of the noise, as WanPipeline takes its second transformer."""
+    if boundary is None:
+        return ()
+    early = int((scheduler.timesteps >= boundary * scheduler.config.num_train_timesteps).sum())
+    return (early,) if 0 < early < len(scheduler.timesteps) else ()
+
 
 @dataclass(kw_only=True)
 class Wan(Pipeline):
@@ -82,10 +95,7 @@ class Wan(Pipeline):
         super().__post_init__()
         if self.guidance_2 is None:
             return
-        boundary = self.boundary
-        if self.weights is None:
-            boundary = checkpoint.read(self.folder, "model_index.json").get("boundary_ratio")
-        if boundary is None:
+        if self.share is None:
             raise ValueError(f"model.guidance_2 must be null without a second transformer, got {self.guidance_2}")
         if not self.guidance_2 >= 0:
             raise ValueError(f"model.guidance_2 must be at least 0, got {self.guidance_2}")
@@ -99,9 +109,31 @@ class Wan(Pipeline):
         t, h, w = transformer.get("patch_size", (1, 2, 2))
         return t, h, w
 
+    @property
+    def share(self) -> float | None:
+        """The share of the noise below which a second transformer runs; None without one."""
+        if self.weights:
+            return self.boundary
+        found: float | None = checkpoint.read(self.folder, "model_index.json").get("boundary_ratio")
+        return found
+
+    @property
+    def switches(self) -> tuple[int, ...]:
+        """See `Pipeline.switches`."""
+        if self.share is None:
+            return ()
+        scheduler = self.scheduler() if self.weights else checkpoint.scheduler(self.folder)
+        scheduler = self.shifted(scheduler)
+        scheduler.set_timesteps(self.steps)
+        return switch(scheduler, self.share)
+
     def schedule(self, pipe: Any) -> None:
         """See `Pipeline.schedule`."""
-        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, flow_shift=self.shift)
+        pipe.scheduler = self.shifted(pipe.scheduler)
+
+    def shifted(self, scheduler: Any) -> Any:
+        """A scheduler like this one at the model's shift."""
+        return type(scheduler).from_config(scheduler.config, flow_shift=self.shift)
 
     def scheduler(self) -> Any:
         """See `Pipeline.scheduler`."""

@@ -7,7 +7,7 @@ import hashlib
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ class Pocket:
     compile: bool = False
     fps: int = 4
     device: Any = "auto"
+
+    switches: ClassVar[tuple[int, ...]] = ()
 
     def __post_init__(self) -> None:
         for key in ("frames", "steps", "fps"):
