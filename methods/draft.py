@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 class Draft(Method):
     """region: (h, w) tokens, None the one of `REGIONS` that makes fewest of them; stacked: regions run on from frame to
     frame, None where that makes fewer; pool: average or max; per_row: top-k of each row instead of one threshold per
-    head; first_frame_sink and same_frame keep those blocks too, and need regions that do not run on."""
+    head; first_frame_sink and same_frame keep those blocks before all others, whatever the sparsity, and need regions
+    that do not run on."""
 
     region: tuple[int, int] | None = None
     stacked: bool | None = None
@@ -80,17 +81,16 @@ class Draft(Method):
     def mask(self, scores: Tensor, call: Call) -> Tensor:
         """Kept blocks of the map, before empty rows are filled."""
         n, grid = scores.shape[-1], call.layout.grid
+        always = None
+        if self.first_frame_sink or self.same_frame:
+            frame = torch.arange(n, device=scores.device) // (n // grid[0])
+            always = (self.first_frame_sink & (frame == 0)) | (self.same_frame & (frame[:, None] == frame))
+            scores = scores.masked_fill(always, torch.inf)
         if self.per_row:
             mask = keep_per_row(scores, torch.full_like(scores[..., 0], n - int(self.sparsity * n)))
         else:
             mask = keep_over_threshold(scores, self.sparsity, self.box(grid), grid)
-        per_frame = n // grid[0]
-        frame = torch.arange(n, device=scores.device) // per_frame
-        if self.first_frame_sink:
-            mask = mask | (frame == 0)
-        if self.same_frame:
-            mask = mask | (frame[:, None] == frame)
-        return mask
+        return mask if always is None else mask | always
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Plan:
         """See `Method.plan`."""

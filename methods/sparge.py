@@ -1,10 +1,12 @@
 """SpargeAttn's mask (Zhang et al., 2025, arXiv 2502.18137; github.com/thu-ml/SpargeAttn), without its quantisation.
 
 Blocks of 128 queries and 64 keys are pooled; a block is alike if the mean cosine of its tokens with one another is over
-a threshold. Key blocks that are not alike are always kept, query blocks that are not keep every key; the rest take,
-by the softmax of pooled scores over the alike key blocks, the highest whose sum stays within cdf, one at least.
+a threshold, that of keys after the mean of all keys is taken from them. Key blocks that are not alike are always kept,
+query blocks that are not keep every key; the rest take, by the softmax of pooled scores over the alike key blocks, the
+highest whose sum stays within cdf, one at least.
 The original also computes in int8 and fp8, skips products within its kernel, and tunes thresholds for each head; this
-row is the mask alone, with one threshold for all. Text stays dense.
+row is the mask alone, with one threshold for all. Text stays dense, and is not in the mean of the keys, where the
+original has it.
 
 Its knob here is cdf, .98 beside a similarity of .6 in the original; `sparsity` means one calibrated cdf, and then the
 similarity is that of the original's plug-and-play variant, -.1, since .6 may forbid any sparsity.
@@ -50,14 +52,21 @@ class Sparge(Knobbed):
         """See `Method.plan`."""
         video = call.layout.video
         cuts = [Cut(Identity(), even_sizes(video, block, q.device), block) for block in (self.block, self.block // 2)]
-        low_q, low_k = (pool(x, Box(1, 1, cut.block), (1, 1, video)) for x, cut in zip((q, k), cuts, strict=True))
+        boxes = [Box(1, 1, cut.block) for cut in cuts]
+        low_q, low_k = (pool(x, box, (1, 1, video)) for x, box in zip((q, k), boxes, strict=True))
+        with part("score"):
+            scores = low_q @ low_k.mT * q.shape[-1] ** -0.5
+        if self.alike < 0:  # then all blocks are
+            return cut_plan(keep_share(scores.softmax(-1), self.value, crossing=False), cuts[0], cuts[1], call)
+        with part("pool"):
+            keys = k[:, :video] - k[:, :video].mean(1, keepdim=True, dtype=torch.float32).to(k.dtype)
         # The mean of a Gram matrix of unit vectors is the squared length of their mean.
         odd_q, odd_k = (
-            pool(x, Box(1, 1, cut.block), (1, 1, video), "direction").square().sum(-1) <= self.alike
-            for x, cut in zip((q, k), cuts, strict=True)
+            pool(x, box, (1, 1, video), "direction").square().sum(-1) <= self.alike
+            for x, box in zip((q, keys), boxes, strict=True)
         )
         with part("score"):
-            scores = (low_q @ low_k.mT * q.shape[-1] ** -0.5).masked_fill(odd_k[:, :, None], -torch.inf)
-            weights = scores.softmax(-1).nan_to_num(0)  # no key block is alike: all are kept below
+            weights = scores.masked_fill(odd_k[:, :, None], -torch.inf).softmax(-1)
+            weights = weights.nan_to_num(0)  # no key block is alike: all are kept below
         mask = keep_share(weights, self.value, crossing=False) | odd_k[:, :, None] | odd_q[..., None]
         return cut_plan(mask, cuts[0], cuts[1], call)

@@ -4,7 +4,9 @@ Each head is spatial (a band over frame-major tokens) or temporal (the same band
 loses less on sampled query rows. The profiling bands are the official code's: |i - j| < floor(1.5 * frame / block).
 Deviations: those bands for every model, where the official code has bands of 2 frames and the first frame's columns for
 Wan; rows are sampled over the whole sequence as the paper says (the code draws from the first 10,000), and the executed
-band is the number of block diagonals whose density is nearest to the one asked for.
+band is the number of block diagonals whose density is nearest to the one asked for. With `first_frame_sink` spatial
+heads keep the first frame's keys too, profiled with them and within the sparsity; the official masks for Wan keep as
+many first keys in temporal heads too, which there are the first places of every frame.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from ..layout import Index, even_sizes
 
 @dataclass
 class SVG(Method):
-    """block: tokens; samples: profiled query rows; first_frame_sink keeps its columns too in spatial heads."""
+    """block: tokens; samples: profiled query rows; first_frame_sink: spatial heads keep the first frame's keys too."""
 
     block: int = 128
     samples: int = 64
@@ -42,12 +44,11 @@ class SVG(Method):
         tokens = torch.arange(layout.video, device=device)
         order = Index(torch.where(temporal[..., None], patch_major(layout.grid, device), tokens))
         sizes = even_sizes(layout.video, self.block, device)
-        band = band_mask(layout.video, self.block, round(1 - self.sparsity, 9), device)
-        mask = band.expand(len(q), q.shape[2], -1, -1)
-        if self.first_frame_sink:
-            mask = mask | (
-                ~temporal[..., None, None] & (torch.arange(len(sizes), device=device) * self.block < layout.frame)
-            )
+        density, sink = round(1 - self.sparsity, 9), layout.frame if self.first_frame_sink else 0
+        mask = band_mask(layout.video, self.block, density, device).expand(len(q), q.shape[2], -1, -1)
+        if sink:
+            spatial = band_mask(layout.video, self.block, density, device, sink)
+            mask = torch.where(temporal[..., None, None], mask, spatial)
         return plan_from_mask(mask, order, sizes, self.block, call)
 
     def temporal_heads(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
@@ -67,7 +68,10 @@ class SVG(Method):
         place = torch.arange(video, device=rows.device)
         patch_place = (place % frame) * frames + place // frame  # where each token lies in patch-major order
         block = torch.stack([place, patch_place]) // self.block
-        return (block[:, rows, None] - block[:, None]).abs() < max(1, int(1.5 * frame / self.block))
+        kept = (block[:, rows, None] - block[:, None]).abs() < max(1, int(1.5 * frame / self.block))
+        if self.first_frame_sink:
+            kept[0] |= place < frame
+        return kept
 
     @staticmethod
     def errors(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, text: Tensor) -> Tensor:
@@ -101,11 +105,13 @@ def patch_major(grid: tuple[int, int, int], device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def band_mask(video: int, block: int, density: float, device: torch.device) -> Tensor:
-    """Block diagonals [n, n] nearest to a density of token pairs; at least the main one."""
+def band_mask(video: int, block: int, density: float, device: torch.device, sink: int = 0) -> Tensor:
+    """Block diagonals [n, n] beside the columns of the first `sink` tokens, together nearest to a density of token
+    pairs; at least the main one."""
     sizes = even_sizes(video, block, torch.device("cpu")).double()
     index = torch.arange(len(sizes))
     distance = (index[:, None] - index).abs()
+    distance[:, index * block < sink] = 0
     pairs = torch.zeros(len(sizes), dtype=torch.float64)
     pairs.index_add_(0, distance.flatten(), (sizes[:, None] * sizes).flatten())
     reached = pairs.cumsum(0) / video**2

@@ -42,10 +42,10 @@ def called(grid, text=5, state=None, step=6):
     return Call(Layout(grid, text), step, 10, 1, "cond", lengths, (3,), 0, state, run("cpu"), Meter(), (0, 10))
 
 
-def kept_tokens(method, grid, text=5, state=None, step=6):
+def kept_tokens(method, grid, text=5, state=None, step=6, inputs=None):
     """Which token pairs a method keeps, bool [H, S, S], in frame-major order: from its lists alone."""
     layout = Layout(grid, text)
-    plan = method.plan(*tensors(grid, text), called(grid, text, state, step))
+    plan = method.plan(*(inputs or tensors(grid, text)), called(grid, text, state, step))
     found = torch.zeros(2, layout.length, layout.length, dtype=torch.bool)
     for h in range(2):
         sides = []
@@ -526,16 +526,18 @@ def test_xattention_is_the_papers_rule(grid, tau):
 @grids
 @pytest.mark.parametrize("cdf, similarity", [(0.5, -0.1), (0.6, 0.055), (0.98, 0.6)])
 def test_sparge_is_the_papers_rule(grid, cdf, similarity):
-    q, k, _ = tensors(grid)
-    found = kept_tokens(Sparge(cdf=cdf, similarity=similarity, block=16), grid)
+    q, k, v = tensors(grid)
+    k = k + 2  # what all keys share makes none alike
+    found = kept_tokens(Sparge(cdf=cdf, similarity=similarity, block=16), grid, inputs=(q, k, v))
     rows, columns = cut(grid, 16), cut(grid, 8)
+    smooth = k - k[:, : math.prod(grid)].mean(1, keepdim=True)
 
     def alike(x):
         unit = x / x.norm(dim=1, keepdim=True)
         return float((unit @ unit.T).mean()) > similarity
 
     for h in range(2):
-        q_alike, k_alike = ([alike(x[0, list(piece), h]) for piece in s] for x, s in ((q, rows), (k, columns)))
+        q_alike, k_alike = ([alike(x[0, list(piece), h]) for piece in s] for x, s in ((q, rows), (smooth, columns)))
         mask = torch.zeros(len(rows), len(columns), dtype=torch.bool)
         for i, a in enumerate(rows):
             scores = torch.stack([q[0, list(a), h].mean(0) @ k[0, list(b), h].mean(0) for b in columns]) / 4

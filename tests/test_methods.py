@@ -139,6 +139,25 @@ def test_deterministic_under_a_seed(name):
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("sparsity", [0.5, 0.75])
+@pytest.mark.parametrize(
+    "name, knob",
+    [
+        ("svg", "first_frame_sink"),
+        ("radial", "first_frame_sink"),
+        ("draft", "first_frame_sink"),
+        ("draft", "same_frame"),
+    ],
+)
+def test_what_is_always_kept_counts(name, knob, sparsity):
+    grid = (8, 16, 24)
+    out, session, _ = attend(build(name, sparsity), grid)
+    changed, other, _ = attend(replace(build(name, sparsity), **{knob: True}), grid)
+    assert not torch.equal(out, changed)
+    for achieved in (*session.meter.sparsity(), *other.meter.sparsity()):
+        assert abs(achieved - sparsity) < 0.02
+
+
 @pytest.mark.parametrize("name", SPARSE)
 def test_dense_steps_run_the_dense_kernel(name):
     out, session, (q, k, v, layout, lengths) = attend(build(name, 0.9), GRIDS["even"], step=2)
