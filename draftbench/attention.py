@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from . import hints
 from .layout import Identity, Layout, Order
 from .parts import part
 
@@ -203,7 +204,8 @@ class Request:
 class Method:
     """A sparse attention method; a subclass is one file in methods/ and decides a `Plan`.
 
-    sparsity: the share of video-by-video pairs to drop, in [0, 1).
+    sparsity: the share of video-by-video pairs to drop, in [0, 1). Raises ValueError for a setting that is not what its
+    hint (hints.py) allows.
     """
 
     sparsity: float = 0.0
@@ -212,6 +214,7 @@ class Method:
     label: ClassVar[str] = ""  # what tables say behind its name: how it falls short of what the name promises
 
     def __post_init__(self) -> None:
+        hints.check(self, "method.")
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
         for name, given in (self.given or {}).items():

@@ -144,7 +144,8 @@ class Job:
                         self.show(number, cell, *clips[i])
                     self.place.finished(row, number)
         if self.config.diagnostics and self.method.sparse and not failure and not self.no_quality:
-            regions = Draft(region=self.config.model.geometry.region, stacked=False)
+            region = self.config.model.geometry.region
+            regions = Draft(region=region and tuple(region), stacked=False)
             spot = Spot(**self.config.maps, box=regions.box(self.model.grid))
             first = next(iter(places))
             wanted = {"cell_id": self.cell_id(*places[first]), "spot": asdict(spot)}

@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
-import math
-import types
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from . import hints
+from .hints import Count, Region, Share, Switch, Text, Tile
 from .prompts import expand
 from .tracking import Mode
 
@@ -24,17 +24,12 @@ if TYPE_CHECKING:
     from .attention import DenseParts, Method
     from .models import Model
 
-# A hint is Annotated[type, what is allowed in words, test of a value of that type (for a list, of each item)].
-Switch = Annotated[bool, "true or false"]
-Count = Annotated[int, "an integer of at least 1", lambda x: x >= 1]
-Text = Annotated[str, "a non-empty text", str.strip]
-
 
 @dataclasses.dataclass
 class Dense:
     """What stays dense."""
 
-    steps: Annotated[float, "a number in [0, 1]", lambda x: 0 <= x <= 1]
+    steps: Share
     timestep: Annotated[float | None, "null or a number of at least 0", lambda x: x is None or x >= 0]
     layers: Annotated[int, "an integer of at least 0", lambda x: x >= 0]
 
@@ -68,8 +63,8 @@ class Tracking:
 class Geometry:
     """Sizes in tokens that the methods read, each where it is present."""
 
-    region: Annotated[tuple[int, int] | None, "null or two integers of at least 1 (h, w)", lambda x: x >= 1]
-    tile: Annotated[tuple[int, int, int], "three integers of at least 1 (t, h, w)", lambda x: x >= 1]
+    region: Region
+    tile: Tile
     block: Count
 
 
@@ -210,7 +205,7 @@ def check(config: DictConfig) -> None:
         from .kernels import NAMES  # imports torch
 
         if config.executor not in NAMES:
-            raise _wrong("executor", _one_of(("auto", *NAMES)), config.executor)
+            raise hints.wrong("executor", hints.one_of(("auto", *NAMES)), config.executor)
     _fields(config.model, Shape, "model.", partial=True)
     _fields(config.method, Geometry, "method.", partial=True)
     method(config)
@@ -269,14 +264,13 @@ def method(config: DictConfig) -> Method:
     from .attention import Method
 
     kind = _target(config.method, "method", Method)
-    hints = get_type_hints(kind)
-    known = [field.name for field in dataclasses.fields(kind) if field.init]
+    known = hints.of(kind)
     for name in map(str, config.method):
         if name.startswith("_") and name.endswith("_"):  # Hydra's own
             continue
         if name not in known:
             raise unknown(f"method.{name}={config.method[name]}", [f"method.{n}" for n in known])
-        _judge(f"method.{name}", _value(config.method, name, "method."), hints[name])
+        hints.judge(f"method.{name}", _value(config.method, name, "method."), known[name])
     result: Method = _instantiate(config.method, "method")
     return result
 
@@ -304,98 +298,24 @@ def unknown(given: str, known: Iterable[str], shown: Iterable[str] | None = None
 
 def _fields(node: DictConfig, kind: type, prefix: str, partial: bool = False) -> None:
     """Check a node against a dataclass; partial: only the keys it has, and others are allowed."""
-    hints = get_type_hints(kind, include_extras=True)
+    known = hints.of(kind)
     for name in map(str, node):
-        if name not in hints and not partial:
-            raise unknown(f"{prefix}{name}={node[name]}", [prefix + known for known in hints])
-    for name, hint in hints.items():
+        if name not in known and not partial:
+            raise unknown(f"{prefix}{name}={node[name]}", [prefix + other for other in known])
+    for name, hint in known.items():
         if name not in node:
             if not partial:
                 raise ValueError(f"{prefix}{name} is missing")
             continue
         value = _value(node, name, prefix)
         if not (dataclasses.is_dataclass(hint) or get_origin(hint) is Mapping):
-            _judge(prefix + name, value, hint)
+            hints.judge(prefix + name, value, hint, empty=prefix + name in _EMPTY)
             if isinstance(value, int) and get_args(hint)[0] is float:
                 node[name] = float(value)
         elif not isinstance(value, DictConfig):
-            raise _wrong(prefix + name, "keys and values", value)
+            raise hints.wrong(prefix + name, "keys and values", value)
         elif isinstance(hint, type):
             _fields(value, hint, f"{prefix}{name}.", partial)
-
-
-def _judge(key: str, value: Any, hint: Any) -> None:
-    """Raise ValueError unless the value is of the hint's type and passes its test."""
-    kind, allowed, test = hint, _words(hint), _anything
-    if get_origin(hint) is Annotated:
-        kind, allowed, *rest = get_args(hint)
-        test = rest[0] if rest else _anything
-    if value is None and type(None) in get_args(kind):
-        return
-    kind = next((one for one in get_args(kind) if get_origin(one) is list), kind)  # of a list or null
-    if get_origin(kind) is list:
-        if not isinstance(value, list) or not (value or key in _EMPTY):
-            raise _wrong(key, allowed, value)
-        (item_kind,) = get_args(kind)
-        for i, item in enumerate(value):
-            if not (_fits(item, item_kind) and test(item)):
-                raise _wrong(key, allowed, item)
-            if item in value[:i]:
-                raise ValueError(f"{key} must be {allowed}, got {_short(item)} twice")
-    elif not (_fits(value, kind) and (all(map(test, value)) if isinstance(value, list) else test(value))):
-        raise _wrong(key, allowed, value)
-
-
-def _anything(value: Any) -> bool:
-    return True
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a plain value is of a type; true is no number, an integer is one, kinds not known here fit."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return value in arguments
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, argument) for argument in arguments)
-    if origin is tuple:
-        sized = isinstance(value, list) and (Ellipsis in arguments or len(value) == len(arguments))
-        return sized and all(_fits(item, arguments[0]) for item in value)
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, kind) if kind in (bool, str, type(None)) else True
-
-
-def _words(kind: Any) -> str:
-    """A type in words."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return _one_of(arguments)
-    if origin is list:
-        return f"a list of {_words(arguments[0]).removeprefix('one of ')}, each once"
-    if origin in (Union, types.UnionType):
-        return " or ".join(sorted(map(_words, arguments), key=lambda words: words != "null"))
-    if origin is tuple:
-        return f"a list of {len(arguments)}, each {_words(arguments[0])}"
-    return {bool: "true or false", int: "an integer", float: "a number", str: "a text", type(None): "null"}.get(
-        kind, str(kind)
-    )
-
-
-def _one_of(names: Iterable[Any]) -> str:
-    return "one of " + ", ".join(map(str, names))
-
-
-def _wrong(key: str, allowed: str, value: Any) -> ValueError:
-    return ValueError(f"{key} must be {allowed}, got {_short(value)}")
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, DictConfig):
-        value = OmegaConf.to_container(value)
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def _value(node: DictConfig, name: str, prefix: str = "") -> Any:
@@ -417,7 +337,7 @@ def _target(node: DictConfig, key: str, kind: type) -> type:
         why = f" ({error})"
     if not (isinstance(found, type) and issubclass(found, kind)):
         allowed = f"the path of a {kind.__module__}.{kind.__name__}"
-        raise ValueError(f"{key}._target_ must be {allowed}, got {_short(path)}{why}")
+        raise ValueError(f"{key}._target_ must be {allowed}, got {hints.short(path)}{why}")
     return found
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..attention import Call, DenseParts, Method, Plan
+from ..hints import Region
 from ..kernels.select import (
     box_plan,
     draft_map,
@@ -43,7 +44,7 @@ class Draft(Method):
     head; first_frame_sink and same_frame keep those blocks before all others, whatever the sparsity, and need regions
     that do not run on."""
 
-    region: tuple[int, int] | None = None
+    region: Region = None
     stacked: bool | None = None
     pool: str = "average"
     per_row: bool = False

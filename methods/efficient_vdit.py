@@ -5,7 +5,8 @@ frames: k * F + (F - k) * (k + 1) of F * F. Text stays dense.
 As in the paper, a search gives each layer the sparsest mask whose loss is within a bound, the same bound for all
 layers; `sparsity` means the bound at which the layers' mean is nearest to it. `globals` gives one k to all layers.
 Ours to choose: the loss is the squared error of the attention output over the squared output, on dense trajectories;
-global frames are those at floor(i F / k). The paper's distillation, which its speed-ups include, is left out.
+global frames are those at floor(i F / k). The paper's distillation, which its speed-ups include, is left out. Where a
+second transformer takes over, as in Wan 2.2, both share the k of a layer.
 
 No mask drops more than the frames' diagonal leaves, 1 - 1 / F: what lies beyond cannot be calibrated.
 """
@@ -14,12 +15,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..attention import Call, Plan
+from ..hints import Count
 from ..kernels.select import full_plan, plan_from_mask
 from ..knob import Losses, Searched
 from ..layout import Identity, even_sizes
@@ -31,16 +33,9 @@ Grid = tuple[int, int, int]
 class EfficientVDiT(Searched):
     """globals: the k of all layers; block: tokens, into which the tokens of a frame are cut."""
 
-    globals: int | None = None
-    block: int = 128
+    globals: Annotated[int | None, "null or an integer of at least 0", lambda x: x >= 0] = None
+    block: Count = 128
     knob: ClassVar[str] = "globals"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.globals is not None and self.globals < 0:
-            raise ValueError(f"method.globals must be null or at least 0, got {self.globals}")
-        if self.block < 1:
-            raise ValueError(f"method.block must be at least 1, got {self.block}")
 
     def options(self, grid: Grid, sparsity: float) -> dict[int, float]:
         """See `Searched.options`: every k, whatever the sparsity."""

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..attention import Call, Plan
+from ..hints import Count, Share, Switch
 from ..kernels.select import draft_map, keep_share, plan_from_mask, pool
 from ..knob import FARTHEST, Knobbed, OutOfReach
 from ..layout import Box, Index, even_sizes
@@ -36,9 +37,9 @@ class Jenga(Knobbed):
     """p: the original's knob; drop: counts beside a given p only; neighbours: keep them; block: tokens."""
 
     p: float | None = None
-    drop: float = 0.75
-    neighbours: bool = True
-    block: int = 128
+    drop: Share = 0.75
+    neighbours: Switch = True
+    block: Count = 128
     knob: ClassVar[str] = "p"
 
     def reach(self, grid: Vector, sparsity: float) -> None:

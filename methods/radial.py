@@ -18,12 +18,13 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..attention import Call, Method, Plan
+from ..hints import Count
 from ..kernels.select import plan_from_mask
 from ..layout import Identity, even_sizes
 
@@ -39,15 +40,10 @@ class Radial(Method):
     block: tokens; first_frame_sink keeps the first frame's columns too.
     """
 
-    decay: float | None = None
-    block: int = 128
+    decay: Annotated[float | None, "null or a number of at least 0", lambda x: x >= 0] = None
+    block: Count = 128
     first_frame_sink: bool = False
     knob: ClassVar[str] = "decay"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.decay is not None and self.decay < 0:
-            raise ValueError(f"method.decay must be null or at least 0, got {self.decay}")
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Plan:
         """See `Method.plan`; the mask depends on the grid alone."""

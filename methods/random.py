@@ -14,7 +14,8 @@ from ..kernels.select import box_plan, fill_empty_rows, keep_per_row
 
 @dataclass
 class Random(Draft):
-    """The knobs are draft's, whose counts it takes."""
+    """The knobs are draft's, whose counts it takes: of blocks, so that on a ragged grid its pairs differ by a few in a
+    hundred."""
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Plan:
         """See `Method.plan`."""

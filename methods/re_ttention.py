@@ -25,13 +25,14 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 from draftbench.methods.svg import band_mask, patch_major
 from torch import Tensor
 
 from ..attention import Call, DenseParts, Method, Plan, spans
+from ..hints import Count
 from ..kernels.select import complement, plan_from_mask
 from ..layout import Index, even_sizes
 from ..parts import part
@@ -48,21 +49,11 @@ class ReTtention(Method):
     be 0 and the period is as it is. period: steps from one full one to the next, at least; growth: of rho, a step;
     block: tokens."""
 
-    window_sparsity: float | None = None
-    period: int = 5
-    growth: float = 0.04
-    block: int = 128
+    window_sparsity: Annotated[float | None, "null or a number in [0, 1)", lambda x: 0 <= x < 1] = None
+    period: Count = 5
+    growth: Annotated[float, "a number of at least 0", lambda x: x >= 0] = 0.04
+    block: Count = 128
     knob: ClassVar[str] = "window_sparsity"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for key in ("period", "block"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"method.{key} must be at least 1, got {getattr(self, key)}")
-        if self.growth < 0:
-            raise ValueError(f"method.growth must be at least 0, got {self.growth}")
-        if self.window_sparsity is not None and not 0 <= self.window_sparsity < 1:
-            raise ValueError(f"method.window_sparsity must be null or in [0, 1), got {self.window_sparsity}")
 
     def meet(self, model: Model, parts: DenseParts) -> None:
         """See `Method.meet`: whether the sparsity can be met in the model's steps."""

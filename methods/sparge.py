@@ -15,7 +15,7 @@ similarity is that of the original's plug-and-play variant, -.1, since .6 may fo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,14 +33,9 @@ class Sparge(Knobbed):
 
     cdf: float | None = None
     similarity: float | None = None
-    block: int = 128
+    block: Annotated[int, "an even integer of at least 2", lambda x: x >= 2 and x % 2 == 0] = 128
     label: ClassVar[str] = "mask only"
     knob: ClassVar[str] = "cdf"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.block < 2 or self.block % 2:
-            raise ValueError(f"method.block must be even, got {self.block}")
 
     @property
     def alike(self) -> float:

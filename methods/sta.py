@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..attention import Call, Method, Plan
+from ..hints import Tile
 from ..kernels.select import box_plan
 from ..layout import Box, owners
 
@@ -32,7 +33,7 @@ BLOCK = 128  # tokens; a larger tile is listed as parts of it, which more kernel
 class STA(Method):
     """tile: (t, h, w) tokens; window: (t, h, w) tiles, all of an axis that has fewer; if given, sparsity must be 0."""
 
-    tile: tuple[int, int, int] = (6, 8, 8)
+    tile: Tile = (6, 8, 8)
     window: Window | None = None
     windows: str = field(default="uniform", init=False)  # for the records
     knob: ClassVar[str] = "window"

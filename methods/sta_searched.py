@@ -17,6 +17,7 @@ from draftbench.methods.sta import Window, nearest_windows, window_plan
 from torch import Tensor
 
 from ..attention import Call, Plan
+from ..hints import Tile
 from ..kernels.select import full_plan
 from ..knob import Losses, Searched
 from ..layout import Box
@@ -29,7 +30,7 @@ CANDIDATES = 16  # a hexadecimal digit names one
 class STASearched(Searched):
     """tile: (t, h, w) tokens."""
 
-    tile: tuple[int, int, int] = (6, 8, 8)
+    tile: Tile = (6, 8, 8)
     knob: ClassVar[str] = "windows"
     windows: str = field(default="searched", init=False)  # for the records
 

@@ -19,6 +19,7 @@ from draftbench.kernels.devices import product
 from torch import Tensor
 
 from ..attention import Call, Method, Plan
+from ..hints import Count
 from ..kernels.select import plan_from_mask
 from ..layout import Index, even_sizes
 
@@ -27,15 +28,9 @@ from ..layout import Index, even_sizes
 class SVG(Method):
     """block: tokens; samples: profiled query rows; first_frame_sink: spatial heads keep the first frame's keys too."""
 
-    block: int = 128
-    samples: int = 64
+    block: Count = 128
+    samples: Count = 64
     first_frame_sink: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for key in ("block", "samples"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"method.{key} must be at least 1, got {getattr(self, key)}")
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Plan:
         """See `Method.plan`."""

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..attention import Call, Plan
+from ..hints import Count, CountOrNull, Share
 from ..kernels.kmeans import kmeans
 from ..kernels.select import Cut, cut_plan, keep_share
 from ..knob import Knobbed
@@ -40,24 +41,13 @@ class SVG2(Knobbed):
     """
 
     top_p: float | None = None
-    floor: float = 0.1
-    q_clusters: int | None = None
-    k_clusters: int | None = None
-    first: int = 50
-    next: int = 2
-    block: int = 128
+    floor: Share = 0.1
+    q_clusters: CountOrNull = None
+    k_clusters: CountOrNull = None
+    first: Count = 50
+    next: Count = 2
+    block: Count = 128
     knob: ClassVar[str] = "top_p"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for key in ("first", "next", "block"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"method.{key} must be at least 1, got {getattr(self, key)}")
-        for key in ("q_clusters", "k_clusters"):
-            if (getattr(self, key) or 1) < 1:
-                raise ValueError(f"method.{key} must be null or at least 1, got {getattr(self, key)}")
-        if not 0 <= self.floor <= 1:
-            raise ValueError(f"method.floor must be in [0, 1], got {self.floor}")
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Plan:
         """See `Method.plan`; the centroids are kept in the call's state."""

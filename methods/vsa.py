@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..attention import Call, Method, Plan
+from ..hints import Tile
 from ..kernels.select import box_plan, draft_map, keep_per_row, pool
 from ..layout import Box
 
@@ -23,10 +24,11 @@ from ..layout import Box
 class VSA(Method):
     """cube: (t, h, w) tokens of a tile.
 
-    Each query tile keeps max(1, ceil((1 - sparsity) n)) of n tiles, which may be almost one more than asked.
+    Each query tile keeps max(1, ceil((1 - sparsity) n)) of n tiles, which may be almost one more than asked. Where the
+    tiles at a grid's edge are smaller that may be fewer tokens: at 5x15x26, 79 to 82% are dropped for 75.
     """
 
-    cube: tuple[int, int, int] = (4, 4, 4)
+    cube: Tile = (4, 4, 4)
     label: ClassVar[str] = "untrained"
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Plan:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..attention import Call, Plan
+from ..hints import Count
 from ..kernels.devices import on_device_of
 from ..kernels.select import fast, keep_share, plan_from_mask
 from ..knob import Knobbed
@@ -32,13 +33,13 @@ class XAttention(Knobbed):
     """tau: the original's knob; stride: tokens of an antidiagonal; block: tokens, a multiple of stride."""
 
     tau: float | None = None
-    stride: int = 8
-    block: int = 128
+    stride: Count = 8
+    block: Count = 128
     knob: ClassVar[str] = "tau"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.stride < 1 or self.block % self.stride:
+        if self.block % self.stride:
             raise ValueError(f"method.stride must divide method.block={self.block}, got {self.stride}")
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Plan:

@@ -168,7 +168,7 @@ def test_radial_keeps_the_sink_and_refuses_a_negative_decay():
     kept = kept_tokens(Radial(decay=0.2, block=8, first_frame_sink=True), (6, 4, 8))
     assert kept[:, :, :32].all()
     assert kept_tokens(Radial(0.7, block=8, first_frame_sink=True), (6, 4, 8))[:, :, :32].all()
-    with pytest.raises(ValueError, match=r"method.decay must be null or at least 0, got -1"):
+    with pytest.raises(ValueError, match=r"method.decay must be null or a number of at least 0, got -1"):
         Radial(decay=-1)
 
 
@@ -374,7 +374,7 @@ def test_efficient_vdit_takes_the_sparsest_mask_within_one_bound_for_all_layers(
         key=lambda ks: abs(sum(density[k] for k in ks) / 3 - 0.5),
     )
     assert found == {"layers": [1, 2, 5], "globals": best} and abs(kept - sum(density[k] for k in best) / 3) < 1e-12
-    with pytest.raises(ValueError, match=r"method.globals must be null or at least 0, got -1"):
+    with pytest.raises(ValueError, match=r"method.globals must be null or an integer of at least 0, got -1"):
         EfficientVDiT(globals=-1)
 
 
@@ -607,7 +607,7 @@ def test_re_ttention_counts_its_full_steps_and_refuses_what_they_leave_no_room_f
         ReTtention(0.9).meet(SimpleNamespace(steps=20, switches=()), DenseParts(0.5))
     with pytest.raises(ValueError, match="in 15 active steps, 2 of which are full"):
         ReTtention(0.9).meet(SimpleNamespace(steps=20, switches=(10,)), DenseParts(0.25))
-    with pytest.raises(ValueError, match=r"method.window_sparsity must be null or in \[0, 1\), got 1.2"):
+    with pytest.raises(ValueError, match=r"method.window_sparsity must be null or a number in \[0, 1\), got 1.2"):
         ReTtention(window_sparsity=1.2)
-    with pytest.raises(ValueError, match=r"method.period must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"method.period must be an integer of at least 1, got 0"):
         ReTtention(period=0)

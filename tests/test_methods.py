@@ -3,6 +3,7 @@
 import functools
 import importlib
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -203,6 +204,30 @@ def test_dense_steps_run_the_dense_kernel(name):
 def test_sparsity_out_of_range(name, sparsity):
     with pytest.raises(ValueError, match=r"sparsity must be in \[0, 1\)"):
         build(name, sparsity)
+
+
+@pytest.mark.parametrize(
+    "name, setting, allowed",
+    [
+        ("svg2", {"q_clusters": 0}, "null or an integer of at least 1"), ("svg2", {"floor": 1.5}, "a number in [0, 1]"),
+        ("vsa", {"cube": (0, 4, 4)}, "three integers of at least 1 (t, h, w)"),
+        ("sta", {"tile": (0, 8, 8)}, "three integers of at least 1 (t, h, w)"),
+        ("sta_searched", {"tile": (6, 8)}, "three integers of at least 1 (t, h, w)"),
+        ("draft", {"region": (0, 4)}, "null or two integers of at least 1 (h, w)"),
+        ("random", {"region": (4,)}, "null or two integers of at least 1 (h, w)"),
+        *((name, {"block": 0}, "an integer of at least 1") for name in ("radial", "jenga", "xattention", "svg")),
+        ("sparge", {"block": 3}, "an even integer of at least 2"),
+        ("radial", {"decay": math.nan}, "null or a number of at least 0"), ("jenga", {"drop": 5}, "a number in [0, 1]"),
+        ("sparge", {"similarity": math.nan}, "null or a number"), ("re_ttention", {"period": 2.5}, "an integer of at"),
+        ("re_ttention", {"growth": -1}, "a number of at least 0"),
+        ("efficient_vdit", {"globals": 2.5}, "null or an integer of at least 0"),
+    ],
+)  # fmt: skip
+def test_a_wrong_setting_is_named_before_any_work(name, setting, allowed):
+    module, _, kind = METHODS[name]["_target_"].rpartition(".")
+    (key,) = setting
+    with pytest.raises(ValueError, match=re.escape(f"method.{key} must be {allowed}")):
+        getattr(importlib.import_module(module), kind)(**setting)
 
 
 def met(method, grid):
