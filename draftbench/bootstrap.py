@@ -1,26 +1,30 @@
-"""What can be said of a mean over clips: a seeded bootstrap of prompts, then of seeds within them, and Holm's rule.
+"""What can be said of a mean over clips: a seeded bootstrap of prompts, then of seeds within them, a test, Holm's rule.
 
 The 95% interval lies between the 2.5% and 97.5% quantiles of the drawn means. The two-sided p-value of "the mean is 0"
-is read from the same draws: twice the share of means on the far side of 0 (those at 0 count as far), with one added to
-the count and to the draws, so that it is never 0. Holm (1979) multiplies the smallest of m p-values by m, the next by
-m - 1 and so on, never below the one before it.
+is that of the sign test by randomisation (Fisher, 1935): without a difference a prompt's clips might as well differ
+the other way, all of them together, so that p is the share of all ways to turn prompts in which the mean is at least as
+far from 0. n prompts have 2^n ways, and no p below 2^(1 - n). More ways than `draws` are drawn, with one added to the
+count and to the draws, so that p is never 0. The bootstrap's own tails promise too much for few prompts: of a thousand
+means of pure noise 19 and 4 had p < .0005 by them at 8 and 16 prompts.
+Holm (1979) multiplies the smallest of m p-values by m, the next by m - 1 and so on, never below the one before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 _CHUNK = 500  # draws at once
+_KEPT = 10**7  # counts or signs that are kept for the next estimate of as many clips
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over clips, its 95% interval and the p-value of 0 (None for a single clip); bound: no draw crossed 0, so
-    that p is the least that so many draws can tell."""
+    """A mean over clips, its 95% interval and the p-value of 0 (None for a single clip); bound: no drawn turn came as
+    far, so that p is the least that so many draws can tell."""
 
     mean: float
     low: float | None
@@ -31,21 +35,22 @@ class Estimate:
 
 def estimate(by_prompt: Mapping[str, Sequence[float]], draws: int, seed: int) -> Estimate:
     """The mean of all clips of all prompts; `draws` resamples from `seed`, the same for the same numbers of clips."""
-    groups = [np.asarray(by_prompt[prompt], float) for prompt in sorted(by_prompt)]
+    # Those of most clips first: files that lack as many clips draw alike, whichever they lack.
+    prompts = sorted(by_prompt, key=lambda prompt: (-len(by_prompt[prompt]), prompt))
+    groups = [np.asarray(by_prompt[prompt], float) for prompt in prompts]
     values = np.concatenate(groups)
     if len(values) == 1:
         return Estimate(float(values[0]), None, None, None)
-    counts, drawn = _counts(tuple(map(len, groups)), draws, seed)
-    means = counts @ values / drawn
+    sizes = tuple(map(len, groups))
+    means = np.concatenate([counts @ values / counts.sum(1) for counts in _resampled(sizes, draws, seed)])
     low, high = np.quantile(means, [0.025, 0.975])
-    tail = min((means <= 0).sum(), (means >= 0).sum())
-    p = min(1.0, float(1 + tail) * least_p(draws))
-    return Estimate(float(values.mean()), float(low), float(high), p, bool(tail == 0))
+    p, bound = _turned(np.array([group.sum() for group in groups]), draws, seed)
+    return Estimate(float(values.mean()), float(low), float(high), p, bound)
 
 
 def least_p(draws: int) -> float:
-    """The p-value of a mean of which no draw lies on the far side of 0."""
-    return 2 / (1 + draws)
+    """The p-value of a mean as far from 0 as which no drawn turn came."""
+    return 1 / (1 + draws)
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -57,16 +62,55 @@ def holm(p: Sequence[float]) -> list[float]:
     return corrected
 
 
-@lru_cache(maxsize=2)
-def _counts(sizes: tuple[int, ...], draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """How often each clip is in each draw, [draws, clips], and how many each draw has; float64, for a product.
+def _turned(sums: np.ndarray, draws: int, seed: int) -> tuple[float, bool]:
+    """The p-value of a sum over prompts by their turns, and whether none of the drawn ones came as far."""
+    far = abs(sums.sum()) * (1 - 1e-12)  # sums in another order round otherwise
+    ways = 2 ** (len(sums) - 1)  # the other half of all ways are these turned
+    if ways <= draws:
+        return sum(int((abs(signs @ sums) >= far).sum()) for signs in _all_ways(len(sums))) / ways, False
+    found = sum(int((abs(signs @ sums) >= far).sum()) for signs in _ways(len(sums), draws, seed))
+    return (1 + found) * least_p(draws), found == 0
+
+
+def _all_ways(prompts: int) -> Iterator[np.ndarray]:
+    """Every turn of all prompts but the last, [ways, prompts] of 1 and -1, some at a time."""
+    for first in range(0, 2 ** (prompts - 1), _CHUNK):
+        ways = np.arange(first, min(first + _CHUNK, 2 ** (prompts - 1)))
+        yield 1.0 - 2 * (ways[:, None] >> np.arange(prompts) & 1)
+
+
+def _ways(prompts: int, draws: int, seed: int) -> Iterator[np.ndarray]:
+    """Turns that are drawn, [draws, prompts], some at a time."""
+    drawn = _kept_ways if draws * prompts <= _KEPT else _draw_ways
+    for signs in drawn(prompts, draws, seed):
+        yield signs.astype(float)
+
+
+def _draw_ways(prompts: int, draws: int, seed: int) -> Iterator[np.ndarray]:
+    rng = np.random.default_rng((seed, 1))
+    for first in range(0, draws, _CHUNK):
+        yield (1 - 2 * rng.integers(2, size=(min(_CHUNK, draws - first), prompts))).astype(np.int8)
+
+
+@lru_cache(maxsize=16)
+def _kept_ways(prompts: int, draws: int, seed: int) -> list[np.ndarray]:
+    return list(_draw_ways(prompts, draws, seed))
+
+
+def _resampled(sizes: tuple[int, ...], draws: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each clip is in each draw, float64 [draws, clips], some draws at a time.
 
     sizes: the clips of each prompt, which lie together.
     """
+    drawn = _kept_counts if draws * sum(sizes) <= _KEPT else _draw_counts
+    for counts in drawn(sizes, draws, seed):
+        yield counts.astype(float)
+
+
+def _draw_counts(sizes: tuple[int, ...], draws: int, seed: int) -> Iterator[np.ndarray]:
     rng = np.random.default_rng(seed)
     groups, clips = np.array(sizes), sum(sizes)
     starts, most = np.cumsum(groups) - groups, groups.max()
-    counts = np.empty((draws, clips))
     for first in range(0, draws, _CHUNK):
         n = min(_CHUNK, draws - first)
         prompts = rng.integers(len(groups), size=(n, len(groups)))
@@ -74,5 +118,9 @@ def _counts(sizes: tuple[int, ...], draws: int, seed: int) -> tuple[np.ndarray, 
         drawn = starts[prompts][..., None] + (rng.random((n, len(groups), most)) * size).astype(int)
         live = np.arange(most) < size  # as many clips of a prompt as it has
         at = (np.arange(n)[:, None, None] * clips + drawn)[live]
-        counts[first : first + n] = np.bincount(at, minlength=n * clips).reshape(n, clips)
-    return counts, counts.sum(1)
+        yield np.bincount(at, minlength=n * clips).reshape(n, clips).astype(np.uint16)
+
+
+@lru_cache(maxsize=16)
+def _kept_counts(sizes: tuple[int, ...], draws: int, seed: int) -> list[np.ndarray]:
+    return list(_draw_counts(sizes, draws, seed))

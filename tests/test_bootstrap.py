@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from draftbench.bootstrap import _counts, estimate, holm
+from draftbench import bootstrap
+from draftbench.bootstrap import _resampled, estimate, holm
 
 
 def interval(by_prompt, draws=2000, seed=0):
@@ -45,9 +46,9 @@ def test_seeds_of_one_prompt_are_no_new_evidence_about_prompts():
 
 
 def test_every_draw_takes_whole_prompts_with_as_many_clips_as_they_have():
-    sizes = (3, 1, 2)
-    counts, drawn = _counts(sizes, 1001, 0)
-    assert (drawn == counts.sum(1)).all()
+    sizes = (3, 2, 1)
+    counts = np.concatenate(list(_resampled(sizes, 1001, 0)))
+    assert len(counts) == 1001
     bounds = np.cumsum((0, *sizes))
     by_prompt = np.stack([counts[:, a:b].sum(1) for a, b in itertools.pairwise(bounds)], 1)
     times = by_prompt / sizes
@@ -56,26 +57,48 @@ def test_every_draw_takes_whole_prompts_with_as_many_clips_as_they_have():
     assert counts.mean(0) == pytest.approx(np.ones(6), abs=0.15)
 
 
-@pytest.mark.parametrize("shift", [0.0, 0.3, 0.6])
-def test_p_is_that_of_all_resamples(shift):
-    """With four prompts all 4^4 resamples can be listed."""
+def test_which_prompt_lacks_a_clip_changes_no_draw():
+    assert interval({"a": [1.0], "b": [2.0, 3.0], "c": [5.0, 4.0]}) == interval(
+        {"b": [2.0, 3.0], "c": [5.0, 4.0], "d": [1.0]}
+    )
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3, 0.6, 2.0])
+def test_p_is_that_of_all_ways_to_turn_prompts(shift):
     values = np.array([-1.0, 0.5, 1.0, 2.5]) + shift
-    means = np.array([np.mean(drawn) for drawn in itertools.product(values, repeat=4)])
-    exact = min(1, 2 * min((means <= 0).mean(), (means >= 0).mean()))
-    made = estimate({str(i): [x] for i, x in enumerate(values)}, 20000, 0)
-    assert made.p == pytest.approx(exact, abs=0.01)
+    sums = [abs(np.dot(signs, values)) for signs in itertools.product((1, -1), repeat=4)]
+    made = estimate({str(i): [x / 2, x / 2] for i, x in enumerate(values)}, 2000, 0)
+    assert made.p == np.mean(np.array(sums) >= abs(values.sum()) - 1e-9) and not made.bound
 
 
 def test_p_is_symmetric_never_zero_and_one_for_no_difference():
-    up, down = (estimate({str(i): [sign * (1.0 + i)] for i in range(8)}, 2000, 0).p for sign in (1, -1))
-    assert up == down == pytest.approx(2 / 2001)
-    assert estimate({"a": [0.0, 0.0]}, 2000, 0).p == 1
+    few, many = ({str(i): [1.0 + i] for i in range(n)} for n in (8, 30))
+    for clips, least, bound in ((few, 2**-7, False), (many, 1 / 2001, True)):
+        turned = {prompt: [-x for x in values] for prompt, values in clips.items()}
+        for made in (estimate(clips, 2000, 0), estimate(turned, 2000, 0)):
+            assert (made.p, made.bound) == (pytest.approx(least), bound)
+    assert estimate({"a": [0.0, 0.0]}, 2000, 0).p == 1 == estimate({"a": [1.0, 3.0]}, 2000, 0).p
 
 
-def test_p_of_pure_noise_is_uniform():
+@pytest.mark.parametrize("prompts", [4, 8, 16, 40])
+def test_p_of_pure_noise_promises_no_more_than_it_says(prompts):
+    """Also where seeds of a prompt say much the same."""
     rng = np.random.default_rng(0)
-    p = [estimate({str(i): [x] for i, x in enumerate(rng.normal(size=40))}, 1000, 0).p for _ in range(300)]
-    assert np.mean(np.array(p) < 0.05) < 0.1 and np.mean(p) == pytest.approx(0.5, abs=0.06)
+    p = []
+    for _ in range(400):
+        centres = rng.normal(size=prompts)
+        clips = {str(i): list(centre + 0.2 * rng.normal(size=2)) for i, centre in enumerate(centres)}
+        p.append(estimate(clips, 1000, 0).p)
+    for level in (0.05, 0.005):
+        assert np.mean(np.array(p) < level) < level + 2.5 * (level / 400) ** 0.5
+    assert np.mean(p) == pytest.approx(0.5, abs=0.08)
+
+
+def test_what_is_too_much_to_keep_is_drawn_alike(monkeypatch):
+    clips = {str(i): [0.1 * i - 1, 0.2] for i in range(30)}
+    kept = estimate(clips, 1000, 0)
+    monkeypatch.setattr(bootstrap, "_KEPT", 0)
+    assert estimate(clips, 1000, 0) == kept
 
 
 def test_holm_is_the_textbooks():
