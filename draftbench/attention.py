@@ -211,6 +211,7 @@ class Method:
     sparsity: float = 0.0
     sparse: ClassVar[bool] = True  # False for the dense baseline, whose every call runs the dense kernel
     knob: ClassVar[str | None] = None  # the field, if any, that is null or the original's own knob
+    steady: ClassVar[bool] = True  # one active step costs about as much as the next
     label: ClassVar[str] = ""  # what tables say behind its name: how it falls short of what the name promises
 
     def __post_init__(self) -> None:
@@ -322,7 +323,8 @@ class Session:
         self.meter = Meter(clips, counting=self.counting)
 
     def finish(self) -> None:
-        """The last step is done; what follows (decoding, moving frames) is not part of a step."""
+        """The last step is done; what follows (decoding, moving frames) is not part of a step, and needs no state."""
+        self.states.clear()
         self.watch.finish()
 
     def at_step(self, step: int, steps: int, timestep: float) -> None:

@@ -79,7 +79,7 @@ def twins(group: Sequence[Row], other: Sequence[Row]) -> list[tuple[Row, Row]]:
 def contrasts(cells: Cells, rule: Contrasts) -> Iterator[Table]:
     """A table for each method of `rule.against`: every other minus it, corrected over all of them together.
 
-    Raises ValueError if, corrected for so many, even a difference as far as which no turn comes would not reach `LEVEL`.
+    Raises ValueError if, corrected for so many, even the least p-value would not reach `LEVEL`.
     """
     found = {
         (base, setting, method): {m: _contrast(group, cells[setting, base], m, rule) for m in rule.metrics}
@@ -112,10 +112,10 @@ def contrasts(cells: Cells, rule: Contrasts) -> Iterator[Table]:
                 rows.append(values)
         note = (
             f"Paired by prompt and seed; 95% intervals from {rule.draws} bootstrap draws of prompts, then seeds (seed "
-            f"{rule.seed}). p: two-sided, of no difference: the share of {rule.draws} turns of prompts, or of all where there "
-            f"are fewer, in which the mean is as far from 0; Holm-corrected for the {len(tested)} contrasts of this "
-            f"page. < stands where no drawn one is: {floor:.2g}, {len(tested)} times 1 of {rule.draws + 1}, is the "
-            "least corrected value that they resolve."
+            f"{rule.seed}). p: two-sided, of no difference: the share of {rule.draws} turns of prompts, or of all "
+            "where there are fewer, in which the mean is as far from 0; Holm-corrected for the "
+            f"{len(tested)} contrasts of this page. < stands where no drawn one is: {floor:.2g}, {len(tested)} times 1 "
+            f"of {rule.draws + 1}, is the least corrected value that they resolve."
         )
         if rows:
             yield Table(f"minus_{base}", columns, rows, f"Minus {base}", note)

@@ -54,6 +54,7 @@ class ReTtention(Method):
     growth: Annotated[float, "a number of at least 0", lambda x: x >= 0] = 0.04
     block: Count = 128
     knob: ClassVar[str] = "window_sparsity"
+    steady: ClassVar[bool] = False
 
     def meet(self, model: Model, parts: DenseParts) -> None:
         """See `Method.meet`: whether the sparsity can be met in the model's steps."""

@@ -4,6 +4,7 @@ Queries and keys are clustered per head by k-means (random tokens to begin with 
 layer, then 2 rounds from the centroids of its last one), and lie cluster by cluster. For each query cluster, key
 clusters are kept by the weights |K_j| exp(q . k_j / sqrt(D)) of their centroids until their sum passes top_p, a tenth
 of them at least. Text stays dense.
+A record's `parts_ms` are those of a first step, with its 50 rounds.
 Deviations: a cluster of more than `block` tokens is cut into blocks of that size, which are kept together, for the
 executors' sake; a batch clusters all its items; rounds do not stop early where the centroids have come to rest (that
 would wait for the device); dense steps cluster nothing, where the scripts for HunyuanVideo begin with them.

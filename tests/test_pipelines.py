@@ -771,12 +771,41 @@ def test_what_would_run_dense_or_wrong_is_refused_by_name(models, monkeypatch):
     with pytest.raises(ValueError, match="WanTransformer3DModel has context or tensor parallelism enabled"):
         model.patched(Spy(), (0,))
     monkeypatch.undo()
+    monkeypatch.setattr(network, "_compiled_call_impl", len)
+    with pytest.raises(ValueError, match=r"is compiled in place, .* compile it by compile_repeated_blocks\(\) or"):
+        model.patched(Spy(), (0,))
+    monkeypatch.undo()
+    registry = SimpleNamespace(hooks={"faster_cache_denoiser": None})
+    monkeypatch.setattr(network, "_diffusers_hook", registry, raising=False)
+    with pytest.raises(ValueError, match="WanTransformer3DModel has FasterCache enabled"):
+        model.patched(Spy(), (0,))
+    monkeypatch.undo()
     with (
         model.patched(Spy(), (0,)),
         pytest.raises(ValueError, match="must have its WanAttnProcessor in every block, got _Processor"),
     ):
         model.patched(Spy(), (0,))  # within itself
     assert state(model) == before
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_what_a_method_kept_goes_with_the_last_step(models, broken):
+    """It is gone when the latents are decoded, and where a generation is broken off."""
+    model, session, seen = models("ltx"), Spy(build("re_ttention", 0.3)), []
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        if broken:
+            patch.setattr(session, "finish", lambda: seen.append(len(session.states)) or 1 / 0)
+            stack.enter_context(pytest.raises(ZeroDivisionError))
+        else:
+            patch.setattr(session.watch, "finish", lambda: seen.append(len(session.states)))
+        hooked(model, batch(SHORT), session)
+    assert seen == ([FAMILIES["ltx"].layers * len(FAMILIES["ltx"].branches)] if broken else [0])
+    assert not session.states
+
+
+def test_the_frame_rate_is_a_setting_where_it_shapes_the_frames(models):
+    assert [models("ltx", fps=fps).settings()["frame_rate"] for fps in (8, 25)] == [8, 25]
+    assert models("mochi", fps=8).settings() == models("mochi", fps=25).settings()
 
 
 def test_another_guidance_is_refused_by_name(models):

@@ -22,6 +22,7 @@ STEPS = 10
 def tiny_vae(model):
     from diffusers import AutoencoderKLHunyuanVideo
 
+    assert model.pipe.vae is None  # a step, and its peak of memory, has none
     sizes = dict(latent_channels=16, block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2)
     return AutoencoderKLHunyuanVideo(**sizes).eval()
 
@@ -241,6 +242,7 @@ def test_stock_and_dense_compute_the_same(one_thread, monkeypatch):
             "bench.methods: what svg2 keeps depends on the data, which random weights do not",
         ),
         ("bench.methods=[sdpa,other_seed]", "bench.methods: other_seed is a control of the dense run"),
+        ("bench.methods=[sdpa,re_ttention]", "bench.methods: steps of re_ttention differ"),
         ("bench.sparsities=[1.0]", "bench.sparsities must be null or distinct numbers in [0, 1), got 1.0"),
         ("bench.sparsities=[]", "bench.sparsities must be null or distinct numbers in [0, 1), got []"),
         ("bench.layers=[-1]", "bench.layers must be null or distinct integers of at least 0, got -1"),

@@ -105,6 +105,7 @@ class Hook:
                     attention.processor = self.processor(found[layer])
             scheduler = self.pipe.scheduler
             stack.enter_context(shadowed(scheduler, "step", self.followed(scheduler.step)))
+            stack.callback(self.session.states.clear)  # of a generation that was broken off
             yield
 
     @contextmanager
@@ -185,6 +186,14 @@ def check(hook: Hook) -> None:
             raise ValueError(f"{kind} is spread over devices {', '.join(sorted(places))}; one is supported so far")
         if getattr(part, "_parallel_config", None) is not None:
             raise ValueError(f"{kind} has context or tensor parallelism enabled, which is not supported so far")
+        if getattr(part, "_compiled_call_impl", None) is not None:  # it would trace what follows the pipeline
+            raise ValueError(
+                f"{kind} is compiled in place, by its own compile(); compile it by compile_repeated_blocks() or "
+                f"torch.compile({kind.lower()}) instead"
+            )
+        registry = getattr(part, "_diffusers_hook", None)
+        if registry is not None and any("faster_cache" in name for name in registry.hooks):  # it halves batches inside
+            raise ValueError(f"{kind} has FasterCache enabled, which is not supported so far")
     for transformer in hook.transformers:
         for block in hook.blocks(transformer):
             found = type(getattr(block, hook.attention).processor).__name__

@@ -73,6 +73,10 @@ class LTX(Pipeline):
             use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, base_image_seq_len=1024, shift_terminal=0.1
         )
 
+    def settings(self) -> dict[str, Any]:
+        """See `Pipeline.settings`; the frames depend on the frame rate here, by the positions in time."""
+        return super().settings() | {"frame_rate": self.fps}
+
     def guided(self) -> dict[str, Any]:
         """See `Pipeline.guided`; the frame rate shapes the position embedding."""
         return {"guidance_scale": self.guidance, "frame_rate": self.fps}
