@@ -49,7 +49,16 @@ class Folder:
         return self.path / ("record.json" if (number, self.total) == (0, 1) else f"record_{number:03}.json")
 
     def write(self, row: Record, number: int) -> None:
-        """Write a cell's record; of the two names of the first there is one in a folder, for both own its videos."""
+        """Write a cell's record; of the two names of the first there is one in a folder, for both own its videos.
+
+        One that failed does not replace the same cell's that is finished, which is told.
+        """
+        if row["status"] != "ok":
+            with suppress(OSError, ValueError):
+                there = records.read(self.record(number))
+                if there["status"] == "ok" and there["cell_id"] == row["cell_id"]:
+                    print(f"draftbench: {self.record(number)} stays as it was finished before", file=sys.stderr)
+                    return
         if number == 0:
             (self.path / ("record_000.json" if self.total == 1 else "record.json")).unlink(missing_ok=True)
         records.write(row, self.record(number))

@@ -109,6 +109,11 @@ def figure(
     save(picture, path, digest)
 
 
+def drawn(cells: Sequence[Row], times: Sequence[Row], rule: Contrasts) -> tuple[Any, ...]:
+    """What a picture shows that other modules compute: its points, and what is said of the clips and methods."""
+    return join(cells, times, rule), provenance(cells), [label(row["method"]) for row in times]
+
+
 def sources(cells: Sequence[Row], times: Sequence[Row], shape: str, names: tuple[str, str]) -> tuple[str, str]:
     """The labels of the axes, quality's and time's: what is measured, on what, and in which file of records."""
     grid = "x".join(map(str, cells[0]["grid"]))

@@ -150,6 +150,6 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _save(figure: Any, title: str, path: Path) -> None:
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title.replace("$", r"\$"), fontsize=10)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})

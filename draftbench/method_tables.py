@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from .records import missed
 from .tabular import Column, Page, Table, check_alike, commits, label, named, ok, versions
 
 SAME = (
-    "device", "versions", "weights_hash", "grid", "model", "model_settings", "dense", "executor", "batch",
+    "device", "versions", "weights_hash", "grid", "model", "model_settings", "dense", "executor", "batch", "lpips_net",
 )  # fmt: skip
 ALIKE = ("method_settings", "steps", "commit")  # within a method at a sparsity
 _QUANTILES = {"least": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "most": 1.0}
@@ -31,6 +32,7 @@ def check_same(rows: Sequence[Row], source: str) -> None:
     """Raise ValueError, naming the field, if rows that share a table differ in what must be the same."""
     for name in SAME:
         check_alike((fixed(row, name) for row in rows), name, source)
+    check_alike((row["steps"] for row in rows if "like" not in (row["method_settings"] or {})), "steps", source)
     _check_dense([row for row in rows if ok(row)], source)
     for name in ALIKE:
         found: dict[tuple[Setting, str], set[str]] = defaultdict(set)
@@ -41,6 +43,15 @@ def check_same(rows: Sequence[Row], source: str) -> None:
                 raise ValueError(
                     f"{source}: {method} at {setting.sparsity:g} has different {name}: {', '.join(sorted(values))}"
                 )
+    seen: set[tuple[Any, ...]] = set()
+    for row in rows:
+        cell = (Setting.of(row), row["method"], *clip(row))
+        if cell in seen:
+            raise ValueError(
+                f"{source}: {row['method']} at {row['sparsity']:g} has two records of {row['prompt']!r}, seed "
+                f"{row['seed']}, of runs that differ in what no table shows (videos, diagnostics, latency): keep one"
+            )
+        seen.add(cell)
 
 
 def _check_dense(rows: Sequence[Row], source: str) -> None:
@@ -115,7 +126,7 @@ def provenance(rows: Sequence[Row]) -> str:
     return (
         f"{first['model']}, token grid {'x'.join(map(str, first['grid']))}, weights `{first['weights_hash'][:12]}`, "
         f"{'' if guidance is None else f'guidance {guidance:g}, '}on one {first['device']}, {versions(first)}, "
-        f"{same}{made}."
+        f"{same}{made}{', with changes that are not committed' if any(row['dirty'] for row in rows) else ''}."
     )
 
 
@@ -145,14 +156,19 @@ def _pivot(cells: Cells, name: str, across: str, note: str = "") -> Table:
                 text += f", {mean(group, 'sparsity_achieved') or 0:.0%} by {setting.knob}"
             if setting.knob and across == "sparsity":
                 level = math.inf  # stands at none, so it comes last
-            levels[level] = "own knob" if level == math.inf else f"{level:.0%}"
-            found.setdefault((method, row), {"method": method, down: row})[levels[level]] = text
+            levels[level] = "own knob" if level == math.inf else f"{100 * level:.6g}%"
+            line = found.setdefault((method, row), {"method": method, down: row})
+            line[levels[level]] = "; ".join(filter(None, [line.get(levels[level]), text]))
     columns: dict[str, Column] = {"PSNR dB / LPIPS (clips)": lambda row: f"`{row['method']}`{label(row['method'])}"}
     if len({row for _, row in found}) > 1:
         columns[down] = f"{{{down}:g}}"
-    columns |= {levels[level]: f"{{{levels[level]}}}" for level in sorted(levels)}
+    columns |= {levels[level]: partial(_said, levels[level]) for level in sorted(levels)}
     rows = [dict.fromkeys(levels[level] for level in sorted(levels)) | found[key] for key in sorted(found)]
     return Table(name, columns, rows, "" if name == "short" else "By dense first steps", note)
+
+
+def _said(name: str, row: Row) -> str:
+    return row.get(name) or "-"
 
 
 def _warmup(cells: Cells) -> list[Table]:

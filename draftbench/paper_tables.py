@@ -46,7 +46,8 @@ def read(path: Path) -> list[dict[str, str]]:
 def page(name: str, paper: Paper, quoted: Quoted, rows: Sequence[Row]) -> Page:
     """The page of a paper: its table with ours beside it, its speed-ups, and the tables of other models.
 
-    Raises ValueError if records that share a table differ in device, versions, weights or the like.
+    Records of another device or of other versions have tables of their own. Raises ValueError if those that share one
+    differ in weights or the like.
     """
     levels = {(line["model"], float(line["sparsity"])) for line in quoted}
     ours: dict[str, list[Row]] = defaultdict(list)  # by the paper's name of the model
@@ -65,10 +66,29 @@ def page(name: str, paper: Paper, quoted: Quoted, rows: Sequence[Row]) -> Page:
             ours[label].append(row)
         else:
             left_out.add(grid)
-    for label, group in [*ours.items(), *others.items()]:
-        check_same(group, f"{name}, {label}")
-    parts: list[Table | str] = [_main(paper, quoted, ours, left_out), _speedups(paper, quoted, ours)]
-    return Page(name, paper.title, [*parts, *(_other(paper, label, others[label]) for label in sorted(others))])
+    parts: list[Table | str] = []
+    for number, machine in enumerate(sorted({_machine(row) for group in ours.values() for row in group}) or [None]):
+        here = {label: [row for row in group if _machine(row) == machine] for label, group in ours.items()}
+        here = {label: group for label, group in here.items() if group}
+        for label, group in here.items():
+            check_same(group, f"{name}, {label}")
+        parts += [_main(paper, quoted, here, left_out, number), _speedups(paper, quoted, here, number)]
+    for label in sorted(others):
+        machines = sorted({_machine(row) for row in others[label]})
+        for number, machine in enumerate(machines):
+            group = [row for row in others[label] if _machine(row) == machine]
+            check_same(group, f"{name}, {label}")
+            parts.append(_other(paper, label, group, number))
+    return Page(name, paper.title, parts)
+
+
+def _machine(row: Row) -> tuple[str, str]:
+    """What sets apart records that share no table."""
+    return str(row["device"]), repr(row["versions"])
+
+
+def _nth(name: str, number: int) -> str:
+    return f"{name}_{number + 1}" if number else name
 
 
 def _is(row: Row, setup: Mapping[str, Any]) -> bool:
@@ -80,7 +100,7 @@ def _set(row: Row, paper: Paper) -> bool:
     return bool(row["steps"] == paper.steps and (row["dense"] or {}).get("steps") == paper.dense_steps)
 
 
-def _main(paper: Paper, quoted: Quoted, ours: Mapping[str, list[Row]], left_out: set[str]) -> Table:
+def _main(paper: Paper, quoted: Quoted, ours: Mapping[str, list[Row]], left_out: set[str], number: int) -> Table:
     lines: dict[tuple[str, str, float], Row] = {}
     for line in quoted:
         key = line["model"], line["method"], float(line["sparsity"])
@@ -103,10 +123,12 @@ def _main(paper: Paper, quoted: Quoted, ours: Mapping[str, list[Row]], left_out:
         note.append(f"Left out, made at other settings: {', '.join(sorted(left_out))}.")
     columns: dict[str, Column] = {"model": "{model}", "method": "{method}", "sparsity": "{sparsity:.0%}"}
     columns |= {heading: f"{{{quantity}}}" for quantity, heading in paper.columns.items()}
-    return Table("table1", columns | _columns("ours: "), rows, "Quoted, and ours beside it", "\n\n".join(note))
+    return Table(
+        _nth("table1", number), columns | _columns("ours: "), rows, "Quoted, and ours beside it", "\n\n".join(note)
+    )
 
 
-def _speedups(paper: Paper, quoted: Quoted, ours: Mapping[str, list[Row]]) -> Table:
+def _speedups(paper: Paper, quoted: Quoted, ours: Mapping[str, list[Row]], number: int) -> Table:
     rows = []
     for line in quoted:
         if line["quantity"] == "speedup_generate":
@@ -120,10 +142,10 @@ def _speedups(paper: Paper, quoted: Quoted, ours: Mapping[str, list[Row]]) -> Ta
         "ours": "{ours_speedup_generate:.2f}x", "ours: generate s": "{ours_generate_s:.1f}", "ours: on": "{device}",
     }  # fmt: skip
     note = "Quoted beside ours: whole generation, each over its own dense run; ours is timed in turn with it."
-    return Table("figure4", columns, rows, paper.speedups, note)
+    return Table(_nth("figure4", number), columns, rows, paper.speedups, note)
 
 
-def _other(paper: Paper, label: str, group: list[Row]) -> Table:
+def _other(paper: Paper, label: str, group: list[Row], number: int) -> Table:
     """The same grid on a model that the paper has not: no quoted number in sight."""
     names = {ours: theirs for theirs, ours in paper.methods.items()}
     order = list(names)
@@ -139,12 +161,13 @@ def _other(paper: Paper, label: str, group: list[Row]) -> Table:
         f"{paper.dense_steps:.0%} and {dense['layers']} layers dense. SSIM and LPIPS x100; SSIM of 0 to 1 in brackets."
     )
     columns: dict[str, Column] = {"model": "{model}", "method": "{method}", "sparsity": "{sparsity:.0%}"}
-    return Table(label.replace(" ", "_"), columns | _columns(), rows, label, note)
+    return Table(_nth(label.replace(" ", "_"), number), columns | _columns(), rows, label, note)
 
 
 def _own(group: Sequence[Row], method: str, sparsity: float) -> Row:
-    """Our values for one row, each None where there is no record."""
-    found = [row for row in group if (row["method"], row["sparsity"]) == (method, sparsity)]
+    """Our values for one row, each None where there is no record; at sparsity 0 of dense, whatever the row's name."""
+    wanted = (method if sparsity else "dense", sparsity)
+    found = [row for row in group if (row["method"], row["sparsity"]) == wanted]
     made = summary(found) if found else {}
     values = {f"ours_{name}": made.get(name) for name in _OWN}
     hundreds = {f"ours_{name}_x100": 100 * made[name] if made.get(name) is not None else None for name in _X100}

@@ -17,8 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-# 1 had no null for the fields of LATER and ATTENTION_LATER, 2 no reference_sha256; `parse` reads both.
-SCHEMA_VERSION = 3
+# 1 had no null for the fields of LATER and ATTENTION_LATER, 2 no reference_sha256, 3 no lpips_net; `parse` reads all.
+SCHEMA_VERSION = 4
 
 # Every record has these and those of LATER; what was not measured is null.
 FIELDS = (
@@ -32,6 +32,7 @@ LATER = (
     "dense_kernel",
     "reference_sha256",  # of the dense frames that this clip was measured against
     "knob",  # the original's own and its value, where that is given in place of a sparsity
+    "lpips_net",  # "alex" or "vgg"
     "no_quality",  # why psnr_db, ssim, lpips and quality are absent
 )  # fmt: skip
 # Records of kind "attention" (draftbench.bench) have these instead: one contestant on one shape, mask and sparsity.
@@ -99,7 +100,10 @@ def upgrade(record: Mapping[str, Any]) -> dict[str, Any]:
     version = record.get("schema_version")
     if version not in range(1, SCHEMA_VERSION + 1):
         raise ValueError(f"schema_version must be 1 to {SCHEMA_VERSION}, got {version!r}")
-    return {name: None for name in _fields(record) if name not in record} | {**record, "schema_version": SCHEMA_VERSION}
+    lacking: dict[str, Any] = {name: None for name in _fields(record) if name not in record}
+    if "lpips_net" in lacking:
+        lacking["lpips_net"] = "alex"  # whose weights came along, and the setting unless asked otherwise
+    return {**lacking, **record, "schema_version": SCHEMA_VERSION}
 
 
 def missed(sparsity: float, achieved: float) -> str | None:
@@ -212,7 +216,7 @@ def parse(path: Path, damaged: list[str] | None = None) -> list[dict[str, Any]]:
         if path.suffix == ".jsonl" and not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line, parse_constant=_no_number)
             if not isinstance(record, dict):
                 raise ValueError("it is no object")
             found.append(upgrade(record))
@@ -223,6 +227,10 @@ def parse(path: Path, damaged: list[str] | None = None) -> list[dict[str, Any]]:
                 raise ValueError(message) from error
             damaged.append(message)
     return found
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"it holds {name}")
 
 
 def distinct(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -263,21 +271,22 @@ class Index:
 
 def promote(
     paths: Iterable[Path | str], name: str, out: Path | str = "results/records", allow_dirty: bool = False,
-    force: bool = False,
+    force: bool = False, damaged: list[str] | None = None,
 ) -> Path:  # fmt: skip
     """Gather the records of run folders into out/NAME.jsonl, sorted; a cell run again keeps its last ok record.
 
-    Failed cells stay as rows that say so; diagnostics go into out/NAME.diagnostics.json. Raises ValueError for no
-    records, a damaged one, mixed kinds, uncommitted code (unless allow_dirty) or a bad name, and FileExistsError
+    Failed cells stay as rows that say so; diagnostics go into out/NAME.diagnostics.json. What is damaged is left out if
+    a list is given for its names. Raises ValueError for no records, a damaged one, mixed kinds, uncommitted code
+    (unless allow_dirty) or a bad name, and FileExistsError
     for a file that exists (unless force).
     """
-    if not name or Path(name).name != name:
+    if not name.removesuffix(".jsonl") or Path(name).name != name:
         raise ValueError(f"name must be a plain file name, got {name!r}")
     target = Path(out) / f"{name.removesuffix('.jsonl')}.jsonl"
     folders = [Path(path) for path in paths]
-    records = read_all(folders)
+    records = read_all(folders, damaged)
     if not records:
-        raise ValueError("no records under the given folders")
+        raise ValueError("; ".join(["no records under the given folders", *(damaged or [])]))
     if (kinds := {str(record.get("kind")) for record in records}) & set(_KINDS) and len(kinds) > 1:
         raise ValueError(f"records of kinds {sorted(kinds)} do not mix")
     dirty = [record for record in records if record.get("dirty") is not False]
@@ -285,12 +294,18 @@ def promote(
         raise ValueError(f"{len(dirty)} of {len(records)} records come from uncommitted code; allow with --allow-dirty")
     if target.exists() and not force:
         raise FileExistsError(f"{target} exists; replace it with --force")
+    read = {}
+    for path in [path for folder in folders if folder.is_dir() for path in sorted(folder.rglob("diagnostics.json"))]:
+        try:
+            read[path] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            if damaged is None:
+                raise ValueError(f"{path} is not JSON: {error}") from error
+            damaged.append(f"{path} is not JSON: {error}")
     with replacing(target) as temporary, temporary.open("w", encoding="utf-8") as file:
         for record in sorted(distinct(records), key=_order):
             file.write(json.dumps(record, sort_keys=True, allow_nan=False) + "\n")
-    notes = [path for folder in folders if folder.is_dir() for path in sorted(folder.rglob("diagnostics.json"))]
-    if notes:
-        read = {path: json.loads(path.read_text(encoding="utf-8")) for path in notes}
+    if read:
         found = list({note.get("cell_id") or path: note for path, note in read.items()}.values())  # a resumed run's too
         found.sort(key=lambda row: (row["sparsity"], row["method"]))
         with replacing(target.with_suffix(".diagnostics.json")) as temporary:
@@ -313,7 +328,7 @@ def _order(record: Mapping[str, Any]) -> list[Any]:
 
 
 def main(arguments: list[str]) -> int:
-    """The command line; 2, and a line on stderr, if nothing was promoted."""
+    """The command line; 1 if something damaged was left out, 2, and a line on stderr, if nothing was promoted."""
     parser = argparse.ArgumentParser(prog="python -m draftbench.records", description="Work with records.")
     command = parser.add_subparsers(required=True, metavar="COMMAND").add_parser(
         "promote", help="gather run folders into results/records"
@@ -324,15 +339,18 @@ def main(arguments: list[str]) -> int:
     command.add_argument("--allow-dirty", action="store_true", help="take records of uncommitted code too")
     command.add_argument("--force", action="store_true", help="replace an existing file")
     options = vars(parser.parse_args(arguments))
+    damaged: list[str] = []
     try:
-        target = promote(**options)
+        target = promote(**options, damaged=damaged)
         records = read_all([target])
     except (OSError, ValueError) as error:
         print(f"draftbench: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
         return 2
     failed, absent = (sum(str(record["status"]).startswith(why) for record in records) for why in ("failed", "absent"))
     print(f"{target}: {len(records)} records, {failed} failed" + (f", {absent} absent" if absent else ""))
-    return 0
+    for line in damaged:
+        print(f"draftbench: left out: {line}", file=sys.stderr)
+    return int(bool(damaged))
 
 
 if __name__ == "__main__":

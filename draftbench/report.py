@@ -37,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     out = options.out or options.runs[0] / "report.html"
     try:
-        if not options.limit > 0:
-            raise ValueError(f"--limit must be above 0 MB, got {options.limit:g}")
+        if not 0 < options.limit < 1e6:
+            raise ValueError(f"--limit must be above 0 and below a million MB, got {options.limit:g}")
         text, shown = page(options.runs, int(options.limit * 1e6))
         with records.replacing(out) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -165,10 +165,10 @@ def _in_turn(clips: Iterable[Row]) -> list[Row]:
 
 def _pictures(runs: Sequence[Path], media: Media) -> list[Path]:
     """Every picture of the runs that is not of one clip, heat maps and the like; the same in two folders once."""
-    found = chain.from_iterable(sorted(run.rglob("*.png")) for run in runs if run.is_dir())
+    found = ((run, path) for run in runs if run.is_dir() for path in sorted(run.rglob("*.png")))
     own: dict[str, Path] = {}
-    for path in found:
-        if not path.stem.endswith("_side_by_side") and "wandb" not in path.parts:
+    for run, path in found:
+        if not path.stem.endswith("_side_by_side") and "wandb" not in path.relative_to(run).parts:
             own.setdefault(media.key(path), path)
     return list(own.values())
 
@@ -176,8 +176,11 @@ def _pictures(runs: Sequence[Path], media: Media) -> list[Path]:
 def _fps(path: Path) -> float:
     import av
 
-    with av.open(str(path)) as container:
-        return float(container.streams.video[0].average_rate or 1)
+    try:
+        with av.open(str(path)) as container:
+            return float(container.streams.video[0].average_rate or 1)
+    except (av.FFmpegError, IndexError) as error:
+        raise ValueError(f"{path} is no video that plays ({error}); delete it, and its run makes it again") from error
 
 
 def _about(rows: Sequence[Row]) -> list[str]:

@@ -323,7 +323,7 @@ class Job:
             prompt=cell[0], seed=cell[1],
             grid=list(self.model.grid), sparsity=float(self.method.target), status=status,
             model_settings=self.model.settings(), dense=asdict(self.parts),
-            batch=self.config.batch, **self.environment, **self.timed, **values,
+            batch=self.config.batch, lpips_net=self.config.lpips_net, **self.environment, **self.timed, **values,
         )  # fmt: skip
 
     def show(self, number: int, cell: Cell, clip: Clip, dense: Tensor) -> None:

@@ -24,7 +24,7 @@ def means(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row for each device, versions, model, method, sparsity and variant, the dense baseline of a model first.
 
     A row has those, the knob, n (ok cells) and the mean of each of MEASURES over the cells that have it, else None. The
-    variant holds the settings, executor, grid, steps, weights and what stays dense. Cells that failed are left out.
+    variant holds what else shapes a cell (`variant`). Cells that failed are left out.
     """
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = defaultdict(list)
     for record in records:
@@ -73,7 +73,9 @@ def differing(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def variant(record: Mapping[str, Any]) -> dict[str, Any]:
     """What else shapes a record's cell than model, method, sparsity, prompt and seed, by name."""
-    found = {**(record["method_settings"] or {}), **{name: record[name] for name in ("executor", "grid", "steps")}}
+    shared = ("executor", "grid", "steps", "batch", "dense_kernel", "lpips_net", "commit")
+    found = {**(record["method_settings"] or {}), **{name: record.get(name) for name in shared}}
+    found |= {f"model.{name}": value for name, value in (record.get("model_settings") or {}).items()}
     dense = {f"dense.{name}": value for name, value in (record.get("dense") or {}).items()}
     return found | dense | {"weights": str(record.get("weights_hash"))[:12]}
 

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "paper" in config:
             name = next(a.partition("=")[2] for a in argv if a.startswith("paper="))
             damaged: list[str] = []
-            print(_paper(name, config, records.read_all([config.records], damaged)).markdown())
+            print(_paper(name, config, records.distinct(records.read_all([config.records], damaged))).markdown())
             return _tell(damaged)
         return _all(config)
     except Exception as error:
@@ -83,7 +83,7 @@ def _all(config: DictConfig) -> int:
     if not sources:
         raise ValueError(f"records must be a folder with .jsonl files, got {config.records}")
     damaged: list[str] = []
-    rows = {source: found for source in sources if (found := records.read_all([source], damaged))}
+    rows = {source: found for source in sources if (found := records.distinct(records.read_all([source], damaged)))}
     everything = [row for group in rows.values() for row in group]
     by_name = {source.stem: group for source, group in rows.items()}
     again = {name: by_name[other] for name, other in config.again.items() if other in by_name}
@@ -125,7 +125,8 @@ def _pictures(config: DictConfig, sources: dict[str, Path], rows: dict[str, Rows
             found[folder / f"{name}.png"] = _digest(bench, sources[name]), partial(bench.figure, group)
     names = str(config.frontier.quality), str(config.frontier.time)
     if set(names) <= set(rows):
-        digest = _digest(frontier, *(sources[name] for name in names), settings=repr(rule))
+        points = frontier.drawn(rows[names[0]], rows[names[1]], rule)
+        digest = _digest(frontier, *(sources[name] for name in names), settings=repr((rule, points)))
         draw = partial(frontier.figure, rows[names[0]], rows[names[1]], names, rule)
         found[folder / f"{names[0]}_frontier.png"] = digest, draw
     return found
@@ -169,6 +170,9 @@ def readme(text: str, tables: dict[str, str]) -> str:
         table = tables.get(match[1], "")
         return "\n".join([f"<!-- table {match[1]} -->", *([table] if table else []), "<!-- end -->"])
 
+    for part in re.split(r"^(?=<!-- table )", text, flags=re.MULTILINE)[1:]:
+        if "<!-- end -->" not in part:
+            raise ValueError(f"{part.splitlines()[0]!r} in the README lacks its <!-- end -->")
     return re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
 
 

@@ -46,7 +46,8 @@ class Table:
     def grid(self) -> str:
         """The bare table in Markdown."""
         head = f"| {' | '.join(self.columns).lstrip()} |"
-        return "\n".join([head, "|---" * len(self.columns) + "|", *(f"| {' | '.join(c)} |" for c in self.cells())])
+        lines = [" | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in row) for row in self.cells()]
+        return "\n".join([head, "|---" * len(self.columns) + "|", *(f"| {line} |" for line in lines)])
 
     def markdown(self) -> str:
         """Title, note and table."""

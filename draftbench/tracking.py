@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, cast, get_args
 
 from .records import flat
-from .summary import MEASURES, means
+from .summary import MEASURES, level, means
 
 Mode = Literal["offline", "online", "disabled"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -66,7 +66,7 @@ class Tracker:
             cells = [[row.get(str(name)) for name in columns] for row in rows]
             self._run.log({"cells": wandb.Table(columns=columns, data=cells, allow_mixed_types=True)})
             for group in groups:
-                prefix = f"{group['model']}/{group['method']}@{group['sparsity']}/" if len(groups) > 1 else ""
+                prefix = f"{group['model']}/{group['method']}@{level(group)}/" if len(groups) > 1 else ""
                 values = {prefix + name: group[name] for name in ("n", *MEASURES) if group[name] is not None}
                 self._run.summary.update(values)
 

@@ -95,8 +95,23 @@ def test_another_model_has_a_table_of_its_own(paper):
 
 
 def test_what_differs_shares_no_table(paper):
-    with pytest.raises(ValueError, match="draft_attention, HunyuanVideo 768p: rows with different device"):
-        paper_tables.page("draft_attention", paper, QUOTED, [row(), row(seed=1, device="H100")])
+    with pytest.raises(ValueError, match="draft_attention, HunyuanVideo 768p: rows with different weights_hash"):
+        paper_tables.page("draft_attention", paper, QUOTED, [row(), row(seed=1, weights_hash="b" * 64)])
+    rows = [row(), row(seed=1, device="H100", psnr=20.0)]
+    rows += [one | {"model": "pocket", "grid": [16, 32, 48]} for one in rows]
+    page = paper_tables.page("draft_attention", paper, QUOTED, rows)
+    names = [table.name for table in page.parts]
+    assert names == ["table1", "figure4", "table1_2", "figure4_2", "pocket_16x32x48", "pocket_16x32x48_2"]
+    found = [line["ours_psnr_db"] for table in page.parts for line in table.rows if line.get("ours_psnr_db")]
+    assert found == [20.0, 20.0, 30.0, 30.0, 20.0, 30.0] and len(page.files()) == 13
+
+
+def test_dense_of_ours_stands_at_zero_whatever_the_paper_calls_it(paper):
+    wan = row("wan21_14b", (21, 48, 80), 1, sparsity=0.0, method="dense", psnr=100.0)
+    found = lines(paper_tables.page("draft_attention", paper, QUOTED, [wan]), "Quoted, and ours beside it")
+    assert {name: cells[-5] for name, cells in found.items() if cells[-6] == "1"} == {
+        ("Wan2.1 768p", "SVG", "0%"): "100.00", ("Wan2.1 768p", "Draft", "0%"): "100.00"
+    }  # fmt: skip
 
 
 def test_the_command_prints_and_writes_nothing(tmp_path, monkeypatch, capsys):

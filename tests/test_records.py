@@ -22,7 +22,7 @@ def test_new_fills_every_field_with_null_or_what_json_holds():
     made = records.new(model="pocket", grid=(4, 8, 8), latency={"p50": 1.5})
     assert list(made)[: len(records.FIELDS)] == list(records.FIELDS)
     assert (
-        made["schema_version"] == records.SCHEMA_VERSION == 3
+        made["schema_version"] == records.SCHEMA_VERSION == 4
         and made["kind"] == "cell"
         and made["timestamp"].endswith("+00:00")
     )
@@ -209,8 +209,8 @@ def test_promote_refuses_uncommitted_code(tmp_path, dirty):
 
 
 def test_promote_refuses_newer_schemas_nothing_and_bad_names(tmp_path):
-    folder = run_folder(tmp_path, record(), record(cell_id="c1", schema_version=4))
-    with pytest.raises(ValueError, match=r"schema_version must be 1 to 3, got 4"):
+    folder = run_folder(tmp_path, record(), record(cell_id="c1", schema_version=5))
+    with pytest.raises(ValueError, match=r"schema_version must be 1 to 4, got 5"):
         records.promote([folder], "x", tmp_path / "out")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no records"):
@@ -220,9 +220,22 @@ def test_promote_refuses_newer_schemas_nothing_and_bad_names(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_damaged_is_left_out_and_told(tmp_path, capsys):
+    folder = run_folder(tmp_path, record(), record(cell_id="c1"))
+    (folder / "record_bad.json").write_text('{"schema_version": 4, "psnr_db": NaN}')
+    (folder / "diagnostics.json").write_text('{"cut')
+    assert records.main(["promote", str(folder), "--name", "x", "--out", str(tmp_path / "out")]) == 1
+    told = capsys.readouterr()
+    assert "2 records, 0 failed" in told.out and "record_bad.json is not a draftbench record: it holds NaN" in told.err
+    assert "diagnostics.json is not JSON" in told.err and len(records.read_all([tmp_path / "out"])) == 2
+    with pytest.raises(ValueError, match="it holds NaN"):
+        records.promote([folder], "y", tmp_path / "out")
+
+
 ABSENT = {  # what records of an older version do not have
     1: {*records.LATER, *records.ATTENTION_LATER},
-    2: {"reference_sha256"},
+    2: {"reference_sha256", "lpips_net"},
+    3: {"lpips_net"},
 }
 
 
@@ -231,19 +244,21 @@ ABSENT = {  # what records of an older version do not have
 def test_a_record_of_an_older_version_is_read_as_one_of_this_version_and_promoted(tmp_path, version, kind):
     values = {"kind": kind, "cell_id": "c0", "sparsity": 0.9, "commit": "a" * 40, "dirty": False, "status": "ok"}
     now = records.new(**values)
+    if "lpips_net" in now:
+        now["lpips_net"] = "alex"  # which no older one says
     old = {name: value for name, value in now.items() if name not in ABSENT[version]} | {"schema_version": version}
     records.write(old | {"peak_memory_gib": 1.5, "of_its_time": 3}, tmp_path / "run" / "record.json")
     found = records.read(tmp_path / "run" / "record.json")
-    assert found == now | {"peak_memory_gib": 1.5, "of_its_time": 3} and found["schema_version"] == 3
+    assert found == now | {"peak_memory_gib": 1.5, "of_its_time": 3} and found["schema_version"] == 4
     records.write(records.new(**values | {"cell_id": "c1"}), tmp_path / "run" / "record_new.json")
     source = records.promote([tmp_path / "run"], "x", tmp_path / "out")
-    assert [row["schema_version"] for row in records.read_all([source])] == [3, 3]
+    assert [row["schema_version"] for row in records.read_all([source])] == [4, 4]
 
 
-@pytest.mark.parametrize("version", [0, 4, "1", None])
+@pytest.mark.parametrize("version", [0, 5, "1", None])
 def test_a_record_of_no_known_version_is_refused(tmp_path, version):
     records.write(record(schema_version=version), tmp_path / "record.json")
-    with pytest.raises(ValueError, match=rf"record.json is not a .*: schema_version must be 1 to 3, got {version!r}"):
+    with pytest.raises(ValueError, match=rf"record.json is not a .*: schema_version must be 1 to 4, got {version!r}"):
         records.read_all([tmp_path])
 
 

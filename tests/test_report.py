@@ -194,7 +194,7 @@ def test_the_first_clip_of_every_method_comes_before_the_second_of_any(sweep):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["nowhere"], "no such run folder or record: nowhere"), (["."], "there are no records of cells under ."),
-     ([".", "--limit=0"], "--limit must be above 0 MB, got 0")],
+     ([".", "--limit=0"], "--limit must be above 0 and below a million MB, got 0")],
 )  # fmt: skip
 def test_bad_input_is_a_line(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -540,3 +540,13 @@ def test_a_job_without_a_sparse_call_is_measured_all_the_same(job):
     (row,) = job("dense.steps=1", "diagnostics=true", "latency.enabled=true")
     assert row["status"] == "ok" and row["psnr_db"] == 100 and row["sparsity_achieved"] == 0
     assert row["latency"]["method"]["step_ms"]["n"] == row["steps"]
+
+
+def test_a_failure_does_not_take_the_place_of_a_finished_cell(configured, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "job"
+    (first,) = run.job(configured(), folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(Draft, "plan", lambda *_: (_ for _ in ()).throw(RuntimeError("no memory")))
+        (row,) = run.job(configured("force=true"), folder)
+    assert row["status"] == "failed: no memory" and records.read(folder / "record.json") == first
+    assert "record.json stays as it was finished before" in capsys.readouterr().err

@@ -16,6 +16,16 @@ def row(method="draft", sparsity=0.9, **values):
     return records.new(method=method, sparsity=sparsity, steps=20, **known | values)
 
 
+def test_no_mean_is_over_cells_of_other_settings():
+    kinds = [
+        {}, {"model_settings": {"guidance": 3.0}}, {"model_settings": {"guidance": 4.5}}, {"dense_kernel": "fa4"},
+        {"batch": 2}, {"lpips_net": "vgg"}, {"commit": "a"},
+    ]  # fmt: skip
+    rows = summary.means([row(psnr_db=20.0, **kind) for kind in kinds])
+    assert [one["n"] for one in rows] == [1] * len(kinds)
+    assert "model.guidance=4.5" in summary.table([row(psnr_db=20.0, **kind) for kind in kinds[1:3]])
+
+
 def test_table_has_the_baseline_first_means_and_dashes():
     rows = [
         row(psnr_db=20.0, lpips=0.1),

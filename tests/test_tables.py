@@ -140,6 +140,41 @@ UNTIMED = dict.fromkeys(("generate_s", "speedup_generate", "speedup_attention"))
 DENSE = row("dense", 0.0, psnr=100.0, frames_sha256="e" * 64, **UNTIMED)
 
 
+def test_two_records_of_a_clip_share_no_table():
+    with pytest.raises(
+        ValueError, match="some: draft at 0.75 has two records of 'turn left', seed 0, of runs that diff"
+    ):
+        markdown([row(), row(cell_id="of a run with videos")], "some")
+
+
+def test_clips_of_other_steps_or_another_lpips_net_share_no_table():
+    for name, value in (("steps", 50), ("lpips_net", "vgg")):
+        with pytest.raises(ValueError, match=f"some: rows with different {name}"):
+            markdown(
+                [row(steps=20, lpips_net="alex"), row(seed=1, **{"steps": 20, "lpips_net": "alex", name: value})],
+                "some",
+            )
+    like = {"like": {"sparsity": 0.75}}
+    assert "20 of 50 steps" in markdown([row(steps=50), row("fewer_steps", steps=20, method_settings=like)], "some")
+
+
+def test_a_page_says_that_its_code_was_not_committed():
+    assert "`cccccccccccc`, with changes that are not committed." in markdown([row(dirty=True)], "some")
+
+
+def test_near_sparsities_and_several_knobs_keep_their_places():
+    rows = [row(sparsity=s, psnr=p) for s, p in ((0.975, 30.0), (0.98, 29.0), (0.55, 33.0))]
+    rows += [row(sparsity=0.0, psnr=p, knob={"top_p": value}) for p, value in ((25.0, 0.5), (27.0, 0.9))]
+    text = method_tables.short(rows).grid()
+    assert "| 55% | 97.5% | 98% | own knob |" in text and "30.0 / 0.300 (1) | 29.0 / 0.290 (1)" in text
+    assert "by top_p=0.5; 27.0 / 0.270 (1)" in text
+
+
+def test_a_table_in_the_readme_needs_its_end():
+    with pytest.raises(ValueError, match="'<!-- table a -->' in the README lacks its <!-- end -->"):
+        tables.readme("<!-- table a -->\nwords\n<!-- table b -->\n<!-- end -->\n", {})
+
+
 def of_another_commit(**values):
     return row("svg2", **UNTIMED | {"commit": "d" * 40, "reference_sha256": "e" * 64} | values)
 

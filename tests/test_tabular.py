@@ -55,3 +55,8 @@ def test_a_page_has_a_file_for_each_form_of_each_table_and_is_the_same_again():
 def test_a_table_without_rows():
     assert Table("none", {"a": "{a}"}, []).grid() == "| a |\n|---|"
     assert r"\begin{tabular}{l}" in Table("none", {"a": "{a}"}, []).latex("x")
+
+
+def test_a_cell_stays_a_cell_whatever_it_says():
+    grid = Table("t", {"a": "{a}", "b": "{b}"}, [{"a": "x | y\nz", "b": 1}]).grid()
+    assert grid.splitlines()[-1] == r"| x \| y z | 1 |"
