@@ -110,14 +110,13 @@ def _resampled(sizes: tuple[int, ...], draws: int, seed: int) -> Iterator[np.nda
 def _draw_counts(sizes: tuple[int, ...], draws: int, seed: int) -> Iterator[np.ndarray]:
     rng = np.random.default_rng(seed)
     groups, clips = np.array(sizes), sum(sizes)
-    starts, most = np.cumsum(groups) - groups, groups.max()
+    starts = np.cumsum(groups) - groups
     for first in range(0, draws, _CHUNK):
         n = min(_CHUNK, draws - first)
-        prompts = rng.integers(len(groups), size=(n, len(groups)))
-        size = groups[prompts][..., None]
-        drawn = starts[prompts][..., None] + (rng.random((n, len(groups), most)) * size).astype(int)
-        live = np.arange(most) < size  # as many clips of a prompt as it has
-        at = (np.arange(n)[:, None, None] * clips + drawn)[live]
+        prompts = rng.integers(len(groups), size=n * len(groups), dtype=np.int32)
+        size = groups[prompts]  # as many clips of a prompt as it has
+        row = np.repeat(np.arange(n * len(groups)) // len(groups) * clips + starts[prompts], size)
+        at = row + (rng.random(len(row), dtype=np.float32) * np.repeat(size, size)).astype(np.int32)
         yield np.bincount(at, minlength=n * clips).reshape(n, clips).astype(np.uint16)
 
 

@@ -19,19 +19,19 @@ def row(**values):
              "versions": {}, "grid": [1, 2, 3], "commit": "c", "status": "ok", "prompt": "a", "psnr_db": 30.0}
     return records.new(**known | values)
 
-def promoted(n):
-    for seed in range(n):
+def promoted(seeds):
+    for seed in seeds:
         records.append(row(seed=seed, method=f"method_{seed}"), root / "in" / "some.jsonl")
 
 (root / "in").mkdir()
 (root / "R.md").write_text("<!-- table some -->\\n<!-- end -->\\n")
 keys = [f"records={root}/in", f"out={root}/out", f"readme={root}/R.md", "quoted=nowhere", "contrasts.draws=1000",
         "figures=nowhere"]
-promoted(3)
+promoted(range(3))
 assert tables.main(keys) == 0
 records.write(row(), root / "record.json")
 records.append(row(), root / "rows.jsonl")
-promoted(12)
+promoted(range(3, 12))
 old = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 if how == "tmpfs":
