@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
 
@@ -15,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-P", "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT]
-    subprocess.run(command, check=True, capture_output=True, cwd=folder)
+    with FileLock(folder.parent.parent / "wheel.lock"):  # two at once would share the folder `build` of the checkout
+        subprocess.run(command, check=True, capture_output=True, cwd=folder)
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "site")
