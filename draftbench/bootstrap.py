@@ -11,14 +11,15 @@ Holm (1979) multiplies the smallest of m p-values by m, the next by m - 1 and so
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 _CHUNK = 500  # draws at once
-_KEPT = 10**7  # counts or signs that are kept for the next estimate of as many clips
+_KEPT = 10**7  # counts or signs of one kind that are kept
+Draw = Callable[[tuple[int, ...], int, int], Iterator[np.ndarray]]  # of the clips of each prompt, draws and seed
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def estimate(by_prompt: Mapping[str, Sequence[float]], draws: int, seed: int) ->
     if len(values) == 1:
         return Estimate(float(values[0]), None, None, None)
     sizes = tuple(map(len, groups))
-    means = np.concatenate([counts @ values / counts.sum(1) for counts in _resampled(sizes, draws, seed)])
+    means = np.concatenate([counts @ values / counts.sum(1) for counts in _drawn(_resampled, sizes, draws, seed)])
     low, high = np.quantile(means, [0.025, 0.975])
     p, bound = _turned(np.array([group.sum() for group in groups]), draws, seed)
     return Estimate(float(values.mean()), float(low), float(high), p, bound)
@@ -68,7 +69,8 @@ def _turned(sums: np.ndarray, draws: int, seed: int) -> tuple[float, bool]:
     ways = 2 ** (len(sums) - 1)  # the other half of all ways are these turned
     if ways <= draws:
         return sum(int((abs(signs @ sums) >= far).sum()) for signs in _all_ways(len(sums))) / ways, False
-    found = sum(int((abs(signs @ sums) >= far).sum()) for signs in _ways(len(sums), draws, seed))
+    drawn = _drawn(_ways, (1,) * len(sums), draws, seed)
+    found = sum(int((abs(signs @ sums) >= far).sum()) for signs in drawn)
     return (1 + found) * least_p(draws), found == 0
 
 
@@ -79,35 +81,30 @@ def _all_ways(prompts: int) -> Iterator[np.ndarray]:
         yield 1.0 - 2 * (ways[:, None] >> np.arange(prompts) & 1)
 
 
-def _ways(prompts: int, draws: int, seed: int) -> Iterator[np.ndarray]:
-    """Turns that are drawn, [draws, prompts], some at a time."""
-    drawn = _kept_ways if draws * prompts <= _KEPT else _draw_ways
-    for signs in drawn(prompts, draws, seed):
-        yield signs.astype(float)
+def _drawn(draw: Draw, sizes: tuple[int, ...], draws: int, seed: int) -> Iterator[np.ndarray]:
+    """What `draw` draws, as float64, a product's; kept for the next estimate of such clips, unless it is too much."""
+    parts = _kept(draw, sizes, draws, seed) if draws * sum(sizes) <= _KEPT else draw(sizes, draws, seed)
+    for part in parts:
+        yield part.astype(float)
 
 
-def _draw_ways(prompts: int, draws: int, seed: int) -> Iterator[np.ndarray]:
+@lru_cache(maxsize=32)
+def _kept(draw: Draw, sizes: tuple[int, ...], draws: int, seed: int) -> list[np.ndarray]:
+    return list(draw(sizes, draws, seed))
+
+
+def _ways(sizes: tuple[int, ...], draws: int, seed: int) -> Iterator[np.ndarray]:
+    """Turns of prompts, [draws, prompts] of 1 and -1, some draws at a time."""
     rng = np.random.default_rng((seed, 1))
     for first in range(0, draws, _CHUNK):
-        yield (1 - 2 * rng.integers(2, size=(min(_CHUNK, draws - first), prompts))).astype(np.int8)
-
-
-@lru_cache(maxsize=16)
-def _kept_ways(prompts: int, draws: int, seed: int) -> list[np.ndarray]:
-    return list(_draw_ways(prompts, draws, seed))
+        yield (1 - 2 * rng.integers(2, size=(min(_CHUNK, draws - first), len(sizes)))).astype(np.int8)
 
 
 def _resampled(sizes: tuple[int, ...], draws: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each clip is in each draw, float64 [draws, clips], some draws at a time.
+    """How often each clip is in each draw, [draws, clips], some draws at a time.
 
     sizes: the clips of each prompt, which lie together.
     """
-    drawn = _kept_counts if draws * sum(sizes) <= _KEPT else _draw_counts
-    for counts in drawn(sizes, draws, seed):
-        yield counts.astype(float)
-
-
-def _draw_counts(sizes: tuple[int, ...], draws: int, seed: int) -> Iterator[np.ndarray]:
     rng = np.random.default_rng(seed)
     groups, clips = np.array(sizes), sum(sizes)
     starts = np.cumsum(groups) - groups
@@ -118,8 +115,3 @@ def _draw_counts(sizes: tuple[int, ...], draws: int, seed: int) -> Iterator[np.n
         row = np.repeat(np.arange(n * len(groups)) // len(groups) * clips + starts[prompts], size)
         at = row + (rng.random(len(row), dtype=np.float32) * np.repeat(size, size)).astype(np.int32)
         yield np.bincount(at, minlength=n * clips).reshape(n, clips).astype(np.uint16)
-
-
-@lru_cache(maxsize=16)
-def _kept_counts(sizes: tuple[int, ...], draws: int, seed: int) -> list[np.ndarray]:
-    return list(_draw_counts(sizes, draws, seed))

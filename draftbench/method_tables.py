@@ -126,7 +126,7 @@ def provenance(rows: Sequence[Row]) -> str:
     return (
         f"{first['model']}, token grid {'x'.join(map(str, first['grid']))}, weights `{first['weights_hash'][:12]}`, "
         f"{'' if guidance is None else f'guidance {guidance:g}, '}on one {first['device']}, {versions(first)}, "
-        f"{same}{made}{', with changes that are not committed' if any(row['dirty'] for row in rows) else ''}."
+        f"{same}{made}."
     )
 
 

@@ -157,19 +157,20 @@ def versions(row: Row) -> str:
 
 
 def made_by(rows: Sequence[Row], each: str = "") -> str:
-    """Versions of rows that share them, and `commits`, and whether it was those commits."""
-    dirty = ", with changes that are not committed" if any(row["dirty"] for row in rows) else ""
-    return f"{versions(rows[0])}; {commits(rows, each)}{dirty}"
+    """Versions of rows that share them, and `commits`."""
+    return f"{versions(rows[0])}; {commits(rows, each)}"
 
 
 def commits(rows: Sequence[Row], each: str) -> str:
-    """The commit of rows; of several, what each made, by the field `each`."""
+    """The commit of rows, and whether it was that; of several, what each made, by the field `each`."""
     made: dict[str, set[str]] = defaultdict(set)
     for row in rows:
         made[f"`{row['commit'][:12]}`"].add(str(row[each]) if each else "")
+    dirty = ", with changes that are not committed" if any(row["dirty"] for row in rows) else ""
     if len(made) == 1:
-        return f"commit {min(made)}"
-    return "commits " + ", ".join(f"{name} ({', '.join(sorted(what))})" for name, what in sorted(made.items()))
+        return f"commit {min(made)}{dirty}"
+    names = ", ".join(f"{name} ({', '.join(sorted(what))})" for name, what in sorted(made.items()))
+    return f"commits {names}{dirty}"
 
 
 def canvas(width: float, height: float) -> Any:
