@@ -285,12 +285,21 @@ def _try(folder: Path, size: int) -> None:
 
 
 def gather(jobs: Jobs) -> int:
-    """Tell what failed, and for a sweep print, write and log the table of all its records; 1 if anything failed."""
+    """Tell what failed, and for a sweep print, write and log the table of all its records; 1 if anything failed.
+
+    A failed record that is left from an earlier run of a folder, of a clip that is not asked for now, does not count.
+    """
     failures = [folder for folder in jobs.folders if (folder / ERROR).exists()]
     missing = [folder for folder in jobs.folders if not any(folder.glob("record*.json")) and folder not in failures]
     damaged: list[str] = []
-    rows = records.read_all((folder for folder in jobs.folders if folder.exists()), damaged)
-    bad = [row for row in rows if row["status"] != "ok"]
+    rows, bad, asked = [], [], 0
+    for folder, config in zip(jobs.folders, jobs.configs, strict=True):
+        found = records.read_all([folder], damaged) if folder.exists() else []
+        wanted = {(str(prompt), int(seed)) for prompt in config.prompts for seed in config.seeds}
+        mine = [row for row in found if (row["prompt"], row["seed"]) in wanted]
+        bad += [row for row in mine if row["status"] != "ok"]
+        asked += len(mine)
+        rows += found
     if jobs.key == "hydra.sweep.dir":
         _show_sweep(jobs, rows)
         if failures:
@@ -302,7 +311,7 @@ def gather(jobs: Jobs) -> int:
     for (method, sparsity, status), count in Counter(map(_what, bad)).items():
         _say(f"{method} sparsity={sparsity:g}: {status} (cells: {count})")
     if bad:
-        _say(f"{len(bad)} of {len(rows)} cells failed; the same command runs those and what is missing")
+        _say(f"{len(bad)} of {asked} cells failed; the same command runs those and what is missing")
     return int(bool(failures or missing or bad or damaged))
 
 

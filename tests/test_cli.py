@@ -216,6 +216,12 @@ def test_a_failing_cell_fails_the_run(jobs, capsys):
     ]
 
 
+def test_a_failure_of_a_clip_that_is_no_longer_asked_for_does_not_count(jobs, capsys):
+    assert fails(capsys, ["prompts=[turn left, turn right]", "hydra.run.dir=out"], 1)
+    assert cli.main(["prompts=[turn left]", "hydra.run.dir=out", "tracking=disabled"]) == 0
+    assert "failed: full" in {row["status"] for row in records.read_all(["out"])}
+
+
 def test_a_failing_job_alone(jobs, capsys):
     text = fails(capsys, ["method=sta", "hydra.run.dir=out"], 1)
     assert text == f"no window meets this\nThe traceback is in {Path('out/error.txt').absolute()}"
