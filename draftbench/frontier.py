@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from .bootstrap import Estimate, estimate
 from .contrasts import Contrasts, Row, by_prompt, clip
 from .estimate_tables import off
-from .method_tables import check_same, grouped, provenance
+from .method_tables import check_same, fewer, grouped, provenance
 from .tabular import canvas, label, named, ok, save
 
 NEAR = 0.7  # of dense's time: a name on the right of such a point would lie on its line
@@ -34,7 +34,7 @@ class Point(NamedTuple):
 
 def join(cells: Sequence[Row], times: Sequence[Row], rule: Contrasts) -> dict[str, list[Point]]:
     """The points of each shape of `times`, by method and sparsity; what only one side has is in none, nor is a time of
-    a call that did not drop what its sparsity asks for.
+    a call that did not drop what its sparsity asks for, nor a mean over some of the clips.
 
     Raises ValueError if rows of either side do not mix, or the cells are of several warm-ups.
     """
@@ -48,7 +48,7 @@ def join(cells: Sequence[Row], times: Sequence[Row], rule: Contrasts) -> dict[st
     quality: dict[tuple[str, float], Estimate] = {}
     for (setting, method), group in groups.items():
         clips = by_prompt((row["prompt"], row[METRIC]) for row in group if ok(row))
-        if clips and method != "dense" and not setting.knob:
+        if clips and method != "dense" and not setting.knob and not fewer(groups, group):
             quality[method, setting.sparsity] = estimate(clips, rule.draws, rule.seed)
     found: dict[str, list[Point]] = {}
     for row in sorted(times, key=lambda row: (row["shape"], row["method"], row["sparsity"])):
@@ -84,11 +84,12 @@ def figure(
             if own:
                 axes.errorbar(**_line(own), label=None if level else method, color=f"C{number % 10}",
                               marker="os^Dvx"[number // 10 % 6], markersize=4, linewidth=1, capsize=2)  # fmt: skip
-            for point in own:
-                text = method if level else f"{point.sparsity:.0%}"
-                near = NEAR < point.ms[1] / line < 1  # of the point, for dense lies on its right
-                axes.annotate(text, (point.ms[1], point.quality.mean), fontsize=7, xytext=(-3 if near else 3, 3),
-                              ha="right" if near else "left", textcoords="offset points")  # fmt: skip
+        for place, point in enumerate(sorted(points, key=lambda point: point.ms[1])):
+            text = point.method if level else f"{point.sparsity:.0%}"
+            near = NEAR < point.ms[1] / line < 1  # of the point, for dense lies on its right
+            axes.annotate(text, (point.ms[1], point.quality.mean), fontsize=7,
+                          xytext=(-3 if near else 3, 3 if place % 2 else -9),  # below and above in turn
+                          ha="right" if near else "left", textcoords="offset points")  # fmt: skip
         if dense:
             axes.axvline(line, color="k", linestyle="--", linewidth=1, label="dense")
         quality, time = sources(cells, times, shape, names)
@@ -99,19 +100,28 @@ def figure(
         axes.xaxis.set_minor_formatter("")
         if dense or not level:
             axes.legend(fontsize=7)
-    about = [textwrap.fill(f"Fidelity: {provenance(cells)}".replace("`", ""), 120)]
+    about = [textwrap.fill(f"Fidelity: {provenance(_at(cells, times))}".replace("`", ""), 120)]
     if labelled := [named(method) for method in methods if label(method)]:
         about.append(f"{', '.join(labelled)}.")
     about.append("No evidence about clips of the models whose shapes these are.")
     if left := sorted({row["method"] for row in times if ok(row) and off(row)}):
         about.append(f"Not drawn, as their timed calls drop another share: {', '.join(left)}.")
+    groups = grouped(_at(cells, times))
+    if part := [f"{key[1]} ({some})" for key, group in groups.items() if (some := fewer(groups, group))]:
+        about.append(f"Not drawn, as of some clips alone: {', '.join(part)}.")
     picture.suptitle("\n".join(about), fontsize=7)
     save(picture, path, digest)
 
 
 def drawn(cells: Sequence[Row], times: Sequence[Row], rule: Contrasts) -> tuple[Any, ...]:
     """What a picture shows that other modules compute: its points, and what is said of the clips and methods."""
-    return join(cells, times, rule), provenance(cells), [label(row["method"]) for row in times]
+    return join(cells, times, rule), provenance(_at(cells, times)), [label(row["method"]) for row in times]
+
+
+def _at(cells: Sequence[Row], times: Sequence[Row]) -> list[Row]:
+    """The cells that have a time."""
+    timed = {(row["method"], row["sparsity"]) for row in times}
+    return [row for row in cells if (row["method"], row["sparsity"]) in timed and not row["knob"]]
 
 
 def sources(cells: Sequence[Row], times: Sequence[Row], shape: str, names: tuple[str, str]) -> tuple[str, str]:

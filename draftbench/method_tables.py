@@ -120,14 +120,19 @@ def _caveats(rows: Sequence[Row], source: str) -> list[str]:
 
 def provenance(rows: Sequence[Row]) -> str:
     """A sentence: the model, grid, weights, guidance, device, versions and commits of rows that share a table."""
-    first, made = rows[0], commits(rows, "method")
-    same = "the same dense clips at " if made.startswith("commits") else ""
+    first = rows[0]
+    same = "the same dense clips at " if len({row["commit"] for row in rows}) > 1 else ""
     guidance = (first["model_settings"] or {}).get("guidance")
     return (
         f"{first['model']}, token grid {'x'.join(map(str, first['grid']))}, weights `{first['weights_hash'][:12]}`, "
         f"{'' if guidance is None else f'guidance {guidance:g}, '}on one {first['device']}, {versions(first)}, "
-        f"{same}{made}."
+        f"{same}{commits(rows, _cell)}."
     )
+
+
+def _cell(row: Row) -> str:
+    """A method and what stands it apart, as in running text."""
+    return f"{row['method']} {Setting.of(row).knob or format(row['sparsity'], 'g')}"
 
 
 def short(rows: Sequence[Row]) -> Table:
@@ -183,6 +188,12 @@ def mean(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
     """The mean of a field over the rows that have it, or None."""
     values = [row[name] for row in rows if row.get(name) is not None]
     return sum(values) / len(values) if values else None
+
+
+def fewer(cells: Cells, group: Sequence[Row]) -> str:
+    """ "40 of 64" if a mean over `group` is one of fewer clips than the cells have, else nothing."""
+    count, most = sum(map(ok, group)), len({clip(row) for rows in cells.values() for row in rows})
+    return f"{count} of {most}" if 0 < count < most else ""
 
 
 def all_steps(cells: Cells) -> int | None:
@@ -245,6 +256,8 @@ def _methods(cells: Cells, rule: Contrasts) -> Table:
         note += f" *: off by more than 2 points, 1 beyond 90%, so no row of that sparsity: {', '.join(each)}."
     if any(row["clips_missed"] and not row["missed"] for row in rows):
         note += " (n off): single clips that are off by as much, where the mean is not."
+    if part := [f"{_cell(group[0])} ({some})" for group in cells.values() if (some := fewer(cells, group))]:
+        note += f" Means over some of the clips, to be compared by the contrasts alone: {', '.join(part)}."
     if timed:
         note += " Generate s, and what divides by it, is the first clip's of a job, which alone is timed."
     columns: dict[str, Column] = labels(cells) | {

@@ -156,21 +156,20 @@ def versions(row: Row) -> str:
     return ", ".join(f"{name} {value}" for name, value in row["versions"].items() if value)
 
 
-def made_by(rows: Sequence[Row], each: str = "") -> str:
+def made_by(rows: Sequence[Row], each: Callable[[Any], str] = lambda row: "") -> str:
     """Versions of rows that share them, and `commits`."""
     return f"{versions(rows[0])}; {commits(rows, each)}"
 
 
-def commits(rows: Sequence[Row], each: str) -> str:
-    """The commit of rows, and whether it was that; of several, what each made, by the field `each`."""
-    made: dict[str, set[str]] = defaultdict(set)
+def commits(rows: Sequence[Row], each: Callable[[Any], str]) -> str:
+    """The commit of rows, and whether it was that; of several the one of most rows, and what the others made."""
+    made: dict[str, list[str]] = defaultdict(list)
     for row in rows:
-        made[f"`{row['commit'][:12]}`"].add(str(row[each]) if each else "")
+        made[f"`{row['commit'][:12]}`"].append(each(row))
+    most, *others = sorted(made, key=lambda commit: -len(made[commit]))
+    rest = " and ".join(f"{commit} ({', '.join(dict.fromkeys(made[commit]))})" for commit in others)
     dirty = ", with changes that are not committed" if any(row["dirty"] for row in rows) else ""
-    if len(made) == 1:
-        return f"commit {min(made)}{dirty}"
-    names = ", ".join(f"{name} ({', '.join(sorted(what))})" for name, what in sorted(made.items()))
-    return f"commits {names}{dirty}"
+    return f"commit {most}{f', but {rest}' if rest else ''}{dirty}"
 
 
 def canvas(width: float, height: float) -> Any:

@@ -29,6 +29,10 @@ def timed(method="draft", sparsity=0.9, ms=2.0, shape="hunyuan_768p", **values):
     return known | values
 
 
+def two(*arguments):
+    return [cell(*arguments, seed=seed) for seed in (0, 1)]
+
+
 CELLS = [cell(seed=s, psnr=p) for s, p in ((0, 30.0), (1, 32.0))] + [cell("dense", 0.0), cell("svg"), cell("sta", 0.5)]
 TIMES = [timed(), timed(shape="wan_720p", ms=5.0), timed("sta"), timed("vsa"), timed("svg", status="failed: x", ms=1.0)]
 TIMES += [timed("svg", sparsity_achieved=0.97)]  # no time of 90%
@@ -63,10 +67,11 @@ def test_each_axis_names_its_source(tmp_path, monkeypatch):
     axes, other = drawn[0].axes
     assert "pocket at 16x32x48" in axes.get_ylabel() and "(pocket_headline)" in axes.get_ylabel()
     assert axes.get_title() == "hunyuan_768p at 90% sparsity" and [text.get_text() for text in axes.texts] == ["draft"]
-    assert drawn[0].get_suptitle().endswith("as their timed calls drop another share: svg.")
+    assert "as their timed calls drop another share: svg." in drawn[0].get_suptitle()
+    assert drawn[0].get_suptitle().endswith("Not drawn, as of some clips alone: svg (1 of 2).")
     assert "hunyuan_768p on H200 (methods)" in axes.get_xlabel() and "wan_720p on H200" in other.get_xlabel()
     near = [*TIMES, timed("oracle", ms=8.0), timed("sta")]
-    cells = [row | {"dense": {"steps": 0.25, "layers": 0}} for row in (*CELLS, cell("oracle"), cell("sta"))]
+    cells = [row | {"dense": {"steps": 0.25, "layers": 0}} for row in (*CELLS, *two("oracle"), *two("sta"))]
     frontier.figure([row for row in cells if row["sparsity"] != 0.5], near, names, RULE, tmp_path / "c.png", "abc")
     axes = drawn[1].axes[0]
     assert (

@@ -275,6 +275,10 @@ def test_promote_tables_and_picture(run, rows, tmp_path, capsys):
     other = json.loads(source.read_text().splitlines()[0]) | {"device": "another"}
     with pytest.raises(ValueError, match="some: rows with different device share no table"):
         step_tables.page([*promoted, other], "some")
+    with pytest.raises(ValueError, match="some: tiny compiled: rows with different commit share no table"):
+        step_tables.page([*promoted, next(row for row in promoted if row["compiled"]) | {"commit": "f" * 40}], "some")
+    later = [row | {"commit": "f" * 40} if row["compiled"] else row for row in promoted]
+    assert "`ffffffffffff`" in step_tables.page(later, "some").markdown().splitlines()[2]
 
 
 def test_help_names_models_and_keys(capsys):

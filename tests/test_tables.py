@@ -160,6 +160,13 @@ def test_a_page_says_that_its_code_was_not_committed():
     assert "`cccccccccccc`, with changes that are not committed." in markdown([row(dirty=True)], "some")
 
 
+def test_a_mean_over_some_of_the_clips_is_told():
+    whole = [row("dense", 0.0, seed=seed) for seed in (0, 1)] + [row(seed=seed) for seed in (0, 1)]
+    text = markdown([*whole, row("svg2"), failed("svg2", seed=1)], "some")
+    assert "Means over some of the clips, to be compared by the contrasts alone: svg2 0.75 (1 of 2)." in text
+    assert "Means over some" not in markdown(whole, "some")
+
+
 def test_near_sparsities_and_several_knobs_keep_their_places():
     rows = [row(sparsity=s, psnr=p) for s, p in ((0.975, 30.0), (0.98, 29.0), (0.55, 33.0))]
     rows += [row(sparsity=0.0, psnr=p, knob={"top_p": value}) for p, value in ((25.0, 0.5), (27.0, 0.9))]
@@ -179,10 +186,10 @@ def of_another_commit(**values):
 
 def test_methods_of_two_commits_share_a_table_if_their_dense_clips_do():
     text = markdown([DENSE, row(**UNTIMED), of_another_commit()], "some")
-    assert "the same dense clips at commits `cccccccccccc` (dense, draft), `dddddddddddd` (svg2)." in text
+    assert "the same dense clips at commit `cccccccccccc`, but `dddddddddddd` (svg2 0.75)." in text
     assert markdown([DENSE, row(**UNTIMED), of_another_commit(dense_kernel="fa4")], "some") == text
     tied = row(reference_sha256="e" * 64, **UNTIMED)
-    assert "(draft), `dddddddddddd` (svg2)" in markdown([tied, of_another_commit()], "some")
+    assert "commit `cccccccccccc`, but `dddddddddddd` (svg2 0.75)" in markdown([tied, of_another_commit()], "some")
 
 
 @pytest.mark.parametrize(
