@@ -461,6 +461,19 @@ def test_a_batch_of_both_branches_draws_as_each_alone():
     assert draw("both_reversed", 1, seeds) == draw("cond", 0, (7,)) == draw("both", 0, seeds)
 
 
+@pytest.mark.parametrize("scheduler", ["PNDMScheduler", "HeunDiscreteScheduler"])
+def test_steps_are_counted_where_a_scheduler_repeats_timesteps(scheduler, models, monkeypatch):
+    import diffusers
+
+    model, session = models("cogvideox_2b"), Spy(build("draft", 0.5))
+    monkeypatch.setattr(model.pipe, "scheduler", getattr(diffusers, scheduler)())
+    assert hooked(model, batch(SHORT, steps=5), session).isfinite().all()
+    timesteps = model.pipe.scheduler.timesteps.tolist()
+    assert len(set(timesteps)) < len(timesteps)
+    assert [begun[:2] for begun in session.begun] == [(step, len(timesteps)) for step in range(len(timesteps))]
+    assert session.meter.calls == len(timesteps) * FAMILIES["cogvideox_2b"].layers
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_steps_fall_as_the_scheduler_says(family, models):
     model, session = models(family), Spy()

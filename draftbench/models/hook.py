@@ -2,8 +2,8 @@
 
 A family subclasses `Hook` to say where its transformer keeps things and `Processor` for the arithmetic around its
 attention. Which attentions are the video's own is known by where they are in a block; cross-attention and the text's
-refiners stay untouched. The step comes from the scheduler, the branch from the name that the pipeline gives each
-forward, the grid from the tensors of that forward.
+refiners stay untouched. The step comes from counting the scheduler's, the branch from the name that the pipeline gives
+each forward, the grid from the tensors of that forward.
 """
 
 from __future__ import annotations
@@ -85,6 +85,8 @@ class Hook:
         self.pipe, self.session, self.seeds, self.last = pipe, session, seeds, last
         self.transformers = transformers(pipe)
         self.step, self.branch, self.both = -1, "cond", False
+        # Counted, as timesteps do not tell: some schedulers repeat them, and diffusers rounds some to bfloat16.
+        self.taken = 0
         self.timesteps: Tensor | None = None  # of this generation; the scheduler makes new ones for each
         self.network: Any = None
         check(self)
@@ -122,35 +124,26 @@ class Hook:
         pipe, scheduler = self.pipe, self.pipe.scheduler
         self.lengths = self.text_lengths(inputs)
         if scheduler.timesteps is not self.timesteps:
-            self.timesteps, self.step = scheduler.timesteps, -1
+            self.timesteps, self.step, self.taken = scheduler.timesteps, -1, 0
             self.both = self.branch == "cond_uncond" and pipe.guidance_scale > 1  # one batch, unconditional items first
             self.clips = len(self.lengths) // (2 if self.both else 1)
             self.session.start(self.clips, self.switches(pipe))
         if module is not self.network:  # of several that share the steps, as in Wan 2.2
             self.network = module
             self.session.states.clear()
-        step = self.current_step()
-        if step != self.step:
-            self.step = step
+        if self.taken != self.step:
+            self.step = self.taken
             # What the pipeline tells of the noise: Mochi's scheduler counts the other way round.
-            self.session.at_step(step, len(scheduler.timesteps), float(pipe._current_timestep))
+            self.session.at_step(self.step, len(scheduler.timesteps), float(pipe._current_timestep))
         self.layout = Layout(self.grid(module.config, inputs), int(self.lengths.max()))
 
-    def current_step(self) -> int:
-        """The scheduler's own index, None before its first step; CogVideoX's have none, but whole timesteps.
-
-        The timestep that a transformer gets would not tell: diffusers rounds some to bfloat16, so neighbours are equal.
-        """
-        if hasattr(self.pipe.scheduler, "step_index"):
-            return self.pipe.scheduler.step_index or 0
-        return int((self.pipe.scheduler.timesteps == self.pipe._current_timestep).nonzero()[0, 0])
-
     def followed(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """The scheduler's step, after the last of which the session is told; it keeps its signature."""
+        """The scheduler's step, counted, after the last of which the session is told; it keeps its signature."""
 
         @functools.wraps(step)
         def follow(*args: Any, **kwargs: Any) -> Any:
             result, steps = step(*args, **kwargs), len(self.pipe.scheduler.timesteps)
+            self.taken += 1
             last = min(self.last or steps, steps)
             if self.step + 1 == last:
                 self.session.finish()
