@@ -45,8 +45,8 @@ def page(rows: Sequence[Row], source: str) -> Page:
         "draft_X: the whole operation, frame-major q, k, v in and the output out, on executor X; kernel_X: that "
         "executor on a given plan; draft_paper: selected and reordered as the paper's code does. Peers get q, k, v in "
         "block order and their lists for nothing. captured: blocks that draft selects on q and k of "
-        f"pocket (`{first['source']['prompt']}`, seed {first['source']['seed']}), tiled to the shape, so that their "
-        "place repeats with the clip as well as their number varies; balanced: random, as many in every row"
+        f"pocket (`{first['source']['prompt']}`, seed {first['source']['seed']}), tiled to the shape: their "
+        "places repeat as the clip does, and rows differ in how many they keep; balanced: random, as many in every row"
         f"{TRIMMED if any(row['mask'] == 'trimmed' for row in rows) else ''}. ms: median [20%, 80%] (n) of timings in "
         "turn, warm-up excluded; times whose [20%, 80%] overlap are not told apart. TFLOP/s of kept pairs; speed-up "
         "over the dense kernel of the lowest median, timed among them; ideal: share of (dense time x pairs kept / all "
@@ -248,7 +248,7 @@ def _ours(row: Row) -> bool:
 
 def _rule(row: Row) -> str:
     """How many timings a row has; nothing of a record that does not say."""
-    return f", {row['requested']['timings']}" if row.get("requested") else ""
+    return f", by its second call: {row['requested']['timings']}" if row.get("requested") else ""
 
 
 def _asked(rows: Sequence[Row]) -> list[str]:

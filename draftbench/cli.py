@@ -296,7 +296,7 @@ def gather(jobs: Jobs) -> int:
     for folder, config in zip(jobs.folders, jobs.configs, strict=True):
         found = records.read_all([folder], damaged) if folder.exists() else []
         wanted = {(str(prompt), int(seed)) for prompt in config.prompts for seed in config.seeds}
-        mine = [row for row in found if (row["prompt"], row["seed"]) in wanted]
+        mine = [row for row in found if (row.get("prompt"), row.get("seed")) in wanted]
         bad += [row for row in mine if row["status"] != "ok"]
         asked += len(mine)
         rows += found

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _PACKAGE = Path(__file__).resolve().parent
 STAMP = _PACKAGE / "_stamp.json"
+SOURCES = (".py", ".yaml")  # of these what runs is made
 UNKNOWN: dict[str, Any] = {"commit": "unknown", "dirty": True}
 
 
@@ -125,7 +126,7 @@ def _from_git() -> dict[str, Any] | None:
     changed = _git("status", "--porcelain", "--untracked-files=no") != ""
     ours = ("draftbench", "methods", "kernels", "conf")  # where a new file takes part in what is run
     new = (_git("ls-files", "--others", "--exclude-standard", "--", *ours) or "").splitlines()
-    return {"commit": found[1], "dirty": changed or any(name.endswith((".py", ".yaml")) for name in new)}
+    return {"commit": found[1], "dirty": changed or any(name.endswith(SOURCES) for name in new)}
 
 
 def _git(*arguments: str) -> str | None:
@@ -149,12 +150,17 @@ def _from_stamp() -> dict[str, Any] | None:
 
 
 def _digest() -> str:
-    """SHA-256 of our Python files, the same in a checkout and installed."""
-    files = {path.relative_to(_PACKAGE).as_posix(): path for path in _PACKAGE.rglob("*.py")}
-    for name in ("methods", "kernels", "conf"):
-        if not (_PACKAGE / name).is_dir():
-            top = _PACKAGE.parent
-            files |= {path.relative_to(top).as_posix(): path for path in (top / name).rglob("*.py")}
+    """SHA-256 of our Python files and configs, calibrations among them, the same in a checkout and installed."""
+    tops = {_PACKAGE: _PACKAGE}
+    tops |= {
+        _PACKAGE.parent / x: _PACKAGE.parent for x in ("methods", "kernels", "conf") if not (_PACKAGE / x).is_dir()
+    }
+    files = {
+        path.relative_to(root).as_posix(): path
+        for top, root in tops.items()
+        for path in top.rglob("*")
+        if path.suffix in SOURCES
+    }
     digest = hashlib.sha256()
     for name in sorted(files):
         digest.update(f"{name}\0{hashlib.sha256(files[name].read_bytes()).hexdigest()}\n".encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ def page(rows: Sequence[Row], source: str) -> Page:
         check_alike((row[name] for row in rows), name, source)
     first = rows[0]
     about = (
-        f"The estimate of each method at one attention call on {first['device']}; {made_by(rows)}.",
+        f"The estimate of each method at one attention call on {first['device']}; "
+        f"{made_by(rows, itemgetter('method'))}.",
         f"q and k of pocket (`{first['source']['prompt']}`, seed {first['source']['seed']}), tiled to the shape. ms: "
         "median [20%, 80%] of timings in turn with dense attention; estimate: the method's plan alone, in the middle "
         "of a clip; first: its first plan in a clip, once, compilation included; kernel: the executor on that plan; "

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from .bootstrap import Estimate, estimate
 from .contrasts import Contrasts, Row, by_prompt, clip
 from .estimate_tables import off
-from .method_tables import check_same, fewer, grouped, provenance
+from .method_tables import check_same, grouped, provenance, some_clips
 from .tabular import canvas, label, named, ok, save
 
 NEAR = 0.7  # of dense's time: a name on the right of such a point would lie on its line
@@ -48,7 +48,7 @@ def join(cells: Sequence[Row], times: Sequence[Row], rule: Contrasts) -> dict[st
     quality: dict[tuple[str, float], Estimate] = {}
     for (setting, method), group in groups.items():
         clips = by_prompt((row["prompt"], row[METRIC]) for row in group if ok(row))
-        if clips and method != "dense" and not setting.knob and not fewer(groups, group):
+        if clips and method != "dense" and not setting.knob and not some_clips(groups, group):
             quality[method, setting.sparsity] = estimate(clips, rule.draws, rule.seed)
     found: dict[str, list[Point]] = {}
     for row in sorted(times, key=lambda row: (row["shape"], row["method"], row["sparsity"])):
@@ -71,7 +71,7 @@ def figure(
     if not shapes:
         raise ValueError(f"{' and '.join(names)} have no method at a sparsity in common")
     methods = sorted({point.method for points in shapes.values() for point in points})
-    picture = canvas(6.4 * len(shapes), 5.2)
+    picture = canvas(8 * len(shapes), 5.2)
     from matplotlib.ticker import LogLocator  # it is there, or `canvas` has said what to install
 
     for axes, (shape, points) in zip(picture.subplots(1, len(shapes), squeeze=False)[0], shapes.items(), strict=True):
@@ -100,28 +100,35 @@ def figure(
         axes.xaxis.set_minor_formatter("")
         if dense or not level:
             axes.legend(fontsize=7)
-    about = [textwrap.fill(f"Fidelity: {provenance(_at(cells, times))}".replace("`", ""), 120)]
-    if labelled := [named(method) for method in methods if label(method)]:
-        about.append(f"{', '.join(labelled)}.")
-    about.append("No evidence about clips of the models whose shapes these are.")
-    if left := sorted({row["method"] for row in times if ok(row) and off(row)}):
-        about.append(f"Not drawn, as their timed calls drop another share: {', '.join(left)}.")
-    groups = grouped(_at(cells, times))
-    if part := [f"{key[1]} ({some})" for key, group in groups.items() if (some := fewer(groups, group))]:
-        about.append(f"Not drawn, as of some clips alone: {', '.join(part)}.")
-    picture.suptitle("\n".join(about), fontsize=7)
+    picture.suptitle(about(cells, times, shapes), fontsize=7)
     save(picture, path, digest)
 
 
 def drawn(cells: Sequence[Row], times: Sequence[Row], rule: Contrasts) -> tuple[Any, ...]:
-    """What a picture shows that other modules compute: its points, and what is said of the clips and methods."""
-    return join(cells, times, rule), provenance(_at(cells, times)), [label(row["method"]) for row in times]
+    """What a picture shows that other modules compute: its points and its words; nothing if no points meet."""
+    shapes = join(cells, times, rule)
+    return (shapes, about(cells, times, shapes)) if shapes else ()
 
 
-def _at(cells: Sequence[Row], times: Sequence[Row]) -> list[Row]:
-    """The cells that have a time."""
-    timed = {(row["method"], row["sparsity"]) for row in times}
-    return [row for row in cells if (row["method"], row["sparsity"]) in timed and not row["knob"]]
+def about(cells: Sequence[Row], times: Sequence[Row], shapes: Mapping[str, Sequence[Point]]) -> str:
+    """The lines over a picture: where its clips are from, what its names mean, and what is not drawn and why."""
+    met = {(point.method, point.sparsity) for points in shapes.values() for point in points}
+    rows = [row for row in cells if (row["method"], row["sparsity"]) in met and not row["knob"]]
+    found = [textwrap.fill(f"Fidelity: {provenance(rows)}".replace("`", ""), 120)]
+    if labelled := [named(method) for method in sorted({method for method, _ in met}) if label(method)]:
+        found.append(f"{', '.join(labelled)}.")
+    found.append("No evidence about clips of the models whose shapes these are.")
+    if left := sorted({row["method"] for row in times if ok(row) and off(row)}):
+        found.append(f"Not drawn, as their timed calls drop another share: {', '.join(left)}.")
+    timed, groups = {(row["method"], row["sparsity"]) for row in times if ok(row)}, grouped(cells)
+    part = {
+        f"{method} at {setting.sparsity:.0%} ({some})"
+        for (setting, method), group in groups.items()
+        if (method, setting.sparsity) in timed and not setting.knob and (some := some_clips(groups, group))
+    }
+    if part:
+        found.append(f"Not drawn, as their means are of some clips only: {', '.join(sorted(part))}.")
+    return "\n".join(found)
 
 
 def sources(cells: Sequence[Row], times: Sequence[Row], shape: str, names: tuple[str, str]) -> tuple[str, str]:

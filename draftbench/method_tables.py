@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -121,18 +121,24 @@ def _caveats(rows: Sequence[Row], source: str) -> list[str]:
 def provenance(rows: Sequence[Row]) -> str:
     """A sentence: the model, grid, weights, guidance, device, versions and commits of rows that share a table."""
     first = rows[0]
-    same = "the same dense clips at " if len({row["commit"] for row in rows}) > 1 else ""
+    same = "; the dense clips of all are the same bytes" if len({row["commit"] for row in rows}) > 1 else ""
     guidance = (first["model_settings"] or {}).get("guidance")
     return (
         f"{first['model']}, token grid {'x'.join(map(str, first['grid']))}, weights `{first['weights_hash'][:12]}`, "
         f"{'' if guidance is None else f'guidance {guidance:g}, '}on one {first['device']}, {versions(first)}, "
-        f"{same}{commits(rows, _cell)}."
+        f"{commits(rows, namer(rows))}{same}."
     )
 
 
-def _cell(row: Row) -> str:
-    """A method and what stands it apart, as in running text."""
-    return f"{row['method']} {Setting.of(row).knob or format(row['sparsity'], 'g')}"
+def namer(rows: Sequence[Row]) -> Callable[[Row], str]:
+    """What names a row's cell in a sentence: the method, its knob or sparsity, and its warm-up if that varies."""
+    varies = len({Setting.of(row).warmup for row in rows}) > 1
+
+    def name(row: Row) -> str:
+        warmup, sparsity, knob = Setting.of(row)
+        return f"{row['method']} {knob or format(sparsity, 'g')}{f' after {warmup:.0%}' if varies and warmup else ''}"
+
+    return name
 
 
 def short(rows: Sequence[Row]) -> Table:
@@ -190,8 +196,8 @@ def mean(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def fewer(cells: Cells, group: Sequence[Row]) -> str:
-    """ "40 of 64" if a mean over `group` is one of fewer clips than the cells have, else nothing."""
+def some_clips(cells: Cells, group: Sequence[Row]) -> str:
+    """`40 of 64` if fewer clips of a group worked than its table has, else nothing."""
     count, most = sum(map(ok, group)), len({clip(row) for rows in cells.values() for row in rows})
     return f"{count} of {most}" if 0 < count < most else ""
 
@@ -246,17 +252,18 @@ def _methods(cells: Cells, rule: Contrasts) -> Table:
     timed = any(row["generate_s"] is not None for row in rows)
     times = "speed-ups over the dense timing of the same process" if timed else "nothing was timed"
     note = (
-        "Mean over clips [95% interval, from a bootstrap of prompts, then seeds]; PSNR, SSIM and LPIPS against the "
-        f"dense clip of the same prompt, seed and noise; {times}; achieved: sparsity of the active calls; density: "
-        "executed pairs of all steps, layers and text; motion, scene: share of clips in which pocket's judge sees what "
-        f"was asked for. The dense clips: motion {motion}, scene {scene}."
+        "Mean over clips [95% interval, from a bootstrap of prompts, then seeds]; PSNR (at most 100), SSIM and LPIPS "
+        f"against the dense clip of the same prompt, seed and noise; {times}; achieved: sparsity of the active calls; "
+        "density: executed pairs of all steps taken, layers and text; motion, scene: share of clips in which pocket's "
+        f"judge sees what was asked for. The dense clips: motion {motion}, scene {scene}."
     )
     if any(row["missed"] for row in rows):
         each = (f"{named(row['method'])} {row['missed']}" for row in rows if row["missed"])
         note += f" *: off by more than 2 points, 1 beyond 90%, so no row of that sparsity: {', '.join(each)}."
     if any(row["clips_missed"] and not row["missed"] for row in rows):
-        note += " (n off): single clips that are off by as much, where the mean is not."
-    if part := [f"{_cell(group[0])} ({some})" for group in cells.values() if (some := fewer(cells, group))]:
+        note += " (n off): clips that are off by more than 2 points, 1 beyond 90%, though their mean is not."
+    cell = namer([row for group in cells.values() for row in group])
+    if part := [f"{cell(group[0])} ({some})" for group in cells.values() if (some := some_clips(cells, group))]:
         note += f" Means over some of the clips, to be compared by the contrasts alone: {', '.join(part)}."
     if timed:
         note += " Generate s, and what divides by it, is the first clip's of a job, which alone is timed."

@@ -299,6 +299,8 @@ def _back(out: Tensor, order: Tensor) -> Tensor:
     return torch.empty_like(out).index_copy_(1, order, out)
 
 
+# 0.3.5 has compiled kernels too, which do not load beside torch 2.11.
+TRITON = "fastvideo-kernel; its Triton one if the compiled ones do not load"
 PEERS = (
     Contestant("sdpa", "dense", functools.partial(_sdpa, None), "torch's SDPA as it is called", "cpu"),
     Contestant("cudnn", "dense", functools.partial(_sdpa, SDPBackend.CUDNN_ATTENTION), "cuDNN through SDPA"),
@@ -309,8 +311,8 @@ PEERS = (
     Contestant("draft_paper", "whole", _paper, "draft, selected and reordered as the paper's code does", None),
     Contestant("fa4_sparse", "kernel", _fa4_sparse, "FlashAttention-4, block-sparse"),
     Contestant("flexattention", "kernel", _flex, "FlexAttention with a block mask"),
-    Contestant("fastvideo", "kernel", _fastvideo, "FastVideo's block-sparse kernel (fastvideo-kernel)"),
-    Contestant("fastvideo_sta", "window", _fastvideo_sta, "FastVideo's sliding tile kernel (fastvideo-kernel)"),
+    Contestant("fastvideo", "kernel", _fastvideo, f"FastVideo's block-sparse kernel ({TRITON})"),
+    Contestant("fastvideo_sta", "window", _fastvideo_sta, f"FastVideo's sliding tile kernel ({TRITON})"),
     Contestant("mit", "kernel", _mit, "MIT's Block-Sparse-Attention"),
 )
 PACKAGES = ("flash-attn-4", "flash_attn_3", "fastvideo-kernel", "nvidia-cutlass-dsl", "block_sparse_attn")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .contrasts import METRICS, Cells, Contrasts, Row, Setting, labels, twins
-from .method_tables import SAME, fixed, grouped, mean, provenance
+from .method_tables import SAME, fixed, grouped, mean, namer, provenance
 from .tabular import Column, Table
 
 MAY_DIFFER = ("weights_hash",)
@@ -51,7 +51,7 @@ def ranks(rows: Sequence[Row], again: Sequence[Row], source: str, rule: Contrast
     note = (
         "Means with these weights / with the others, over the same clips; ranks among the methods and controls of a "
         f"sparsity, 1 the nearest to dense; a rank that changes is marked *: {changed} of "
-        f"{len(shared) * len(rule.metrics)}. The others: {provenance(again)}"
+        f"{len(shared) * len(rule.metrics)}.{_steps(shared, first, second)} The others: {provenance(again)}"
     )
     return Table("ranks", columns, list(found.values()), "Ranks on the model trained again", note)
 
@@ -59,6 +59,14 @@ def ranks(rows: Sequence[Row], again: Sequence[Row], source: str, rule: Contrast
 def _comparable(cells: Cells) -> Cells:
     """What stands at a sparsity: not dense, nor a control that none changes."""
     return {key: group for key, group in cells.items() if key[0].sparsity and key[1] != "dense"}
+
+
+def _steps(shared: Sequence[tuple[Setting, str]], first: Cells, second: Cells) -> str:
+    """A sentence on what takes as many steps as the time of another method allows, where that differs."""
+    pairs = {key: (first[key][0]["steps"], second[key][0]["steps"]) for key in shared}
+    name = namer([first[key][0] for key in shared])
+    found = [f"{name(first[key][0])} {a} and {b}" for key, (a, b) in pairs.items() if a != b]
+    return f" Steps that differ: {', '.join(found)}." if found else ""
 
 
 def _moved(row: Row, metric: str) -> bool:

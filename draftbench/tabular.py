@@ -156,20 +156,20 @@ def versions(row: Row) -> str:
     return ", ".join(f"{name} {value}" for name, value in row["versions"].items() if value)
 
 
-def made_by(rows: Sequence[Row], each: Callable[[Any], str] = lambda row: "") -> str:
+def made_by(rows: Sequence[Row], each: Callable[[Any], str]) -> str:
     """Versions of rows that share them, and `commits`."""
     return f"{versions(rows[0])}; {commits(rows, each)}"
 
 
 def commits(rows: Sequence[Row], each: Callable[[Any], str]) -> str:
-    """The commit of rows, and whether it was that; of several the one of most rows, and what the others made."""
+    """The commit of rows, and whether it was that; of several the one of most rows, and by `each` what others made."""
     made: dict[str, list[str]] = defaultdict(list)
     for row in rows:
-        made[f"`{row['commit'][:12]}`"].append(each(row))
+        dirty = ", with changes that are not committed" if row["dirty"] else ""
+        made[f"`{row['commit'][:12]}`{dirty}"].append(each(row))
     most, *others = sorted(made, key=lambda commit: -len(made[commit]))
     rest = " and ".join(f"{commit} ({', '.join(dict.fromkeys(made[commit]))})" for commit in others)
-    dirty = ", with changes that are not committed" if any(row["dirty"] for row in rows) else ""
-    return f"commit {most}{f', but {rest}' if rest else ''}{dirty}"
+    return f"commit {most}{f', but {rest}' if rest else ''}"
 
 
 def canvas(width: float, height: float) -> Any:

@@ -413,8 +413,9 @@ def test_tables_never_mix(rows, name):
 
 
 def test_a_table_names_the_commit_of_each_shape(rows):
+    rows = [row | {"dirty": False} for row in rows]
     text = attention_tables.page(rows, "some").markdown()
-    assert f"; commit `{rows[0]['commit'][:12]}`" in text
+    assert f"; commit `{rows[0]['commit'][:12]}`. " in text
     later = [row | {"shape": "later", "run": "b", "commit": "f" * 40} for row in rows]
     text = attention_tables.page([*rows, *later], "some").markdown()
     assert f"; commit `{rows[0]['commit'][:12]}`, but `ffffffffffff` (later)" in text
@@ -486,7 +487,7 @@ def spread(ms):
 
 def test_rows_of_older_runs_have_a_table(rows):
     text = attention_tables.page(rows, "some").markdown()
-    assert "Asked for: draft_cpu, " in text and "not asked for: none." in text and f", {attention_bench.RULE}." in text
+    assert "Asked for: draft_cpu, " in text and "not asked for: none." in text and f": {attention_bench.RULE}." in text
     old = [{k: v for k, v in row.items() if k not in records.ATTENTION_LATER} for row in rows]
     text = attention_tables.page(old, "some").markdown()
     assert not any(

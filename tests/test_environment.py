@@ -85,6 +85,20 @@ def test_a_stamp_where_there_is_no_git(tree, tmp_path):
     assert commit(away, **PATH) == {"commit": head, "dirty": True}
 
 
+def test_a_config_edited_after_the_stamp_counts(tree, tmp_path):
+    (tree / "conf" / "calibration").mkdir(parents=True)
+    (tree / "conf" / "calibration" / "some.yaml").write_text("- 1\n")
+    head = make_repository(tree)
+    write_stamp(tree)
+    installed = tmp_path / "site"
+    shutil.copytree(tree / "draftbench", installed / "draftbench")
+    for name in ("methods", "conf"):
+        shutil.copytree(tree / name, installed / "draftbench" / name)
+    assert commit(installed, **PATH) == {"commit": head, "dirty": False}
+    (installed / "draftbench" / "conf" / "calibration" / "some.yaml").write_text("- 2\n")
+    assert commit(installed, **PATH) == {"commit": head, "dirty": True}
+
+
 def test_installed_sources_have_the_digest_of_the_checkout(tree, tmp_path):
     head = make_repository(tree)
     write_stamp(tree)

@@ -68,7 +68,7 @@ def test_each_axis_names_its_source(tmp_path, monkeypatch):
     assert "pocket at 16x32x48" in axes.get_ylabel() and "(pocket_headline)" in axes.get_ylabel()
     assert axes.get_title() == "hunyuan_768p at 90% sparsity" and [text.get_text() for text in axes.texts] == ["draft"]
     assert "as their timed calls drop another share: svg." in drawn[0].get_suptitle()
-    assert drawn[0].get_suptitle().endswith("Not drawn, as of some clips alone: svg (1 of 2).")
+    assert drawn[0].get_suptitle().endswith("as their means are of some clips only: svg at 90% (1 of 2).")
     assert "hunyuan_768p on H200 (methods)" in axes.get_xlabel() and "wan_720p on H200" in other.get_xlabel()
     near = [*TIMES, timed("oracle", ms=8.0), timed("sta")]
     cells = [row | {"dense": {"steps": 0.25, "layers": 0}} for row in (*CELLS, *two("oracle"), *two("sta"))]
@@ -118,3 +118,11 @@ def test_it_is_drawn_once_both_files_are_there_and_again_when_what_it_is_made_of
     monkeypatch.setattr(tabular, "__file__", str(tmp_path / "draws.py"))
     digests.append(made()[path][0])
     assert len(set(digests)) == 5
+
+
+def test_nothing_is_drawn_where_nothing_meets():
+    assert frontier.drawn([cell(sparsity=0.5)], [timed()], RULE) == ()
+    few = [*two("vsa", 0.5), cell()]  # of two clips, one at 90%
+    assert frontier.drawn(few, [timed()], RULE) == ()
+    shapes, words = frontier.drawn([*few, *two("sta")], [timed(), timed("sta")], RULE)
+    assert [point.method for point in shapes["hunyuan_768p"]] == ["sta"] and "only: draft at 90% (1 of 2)." in words

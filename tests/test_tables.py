@@ -164,6 +164,8 @@ def test_a_mean_over_some_of_the_clips_is_told():
     whole = [row("dense", 0.0, seed=seed) for seed in (0, 1)] + [row(seed=seed) for seed in (0, 1)]
     text = markdown([*whole, row("svg2"), failed("svg2", seed=1)], "some")
     assert "Means over some of the clips, to be compared by the contrasts alone: svg2 0.75 (1 of 2)." in text
+    varied = [*whole, *(row("svg2", seed=seed, dense={"steps": share}) for share, seed in ((0, 0), (0.5, 0), (0.5, 1)))]
+    assert "alone: svg2 0.75 (1 of 2)." in markdown([x | {"dense": x["dense"] or {"steps": 0}} for x in varied], "some")
     assert "Means over some" not in markdown(whole, "some")
 
 
@@ -186,7 +188,7 @@ def of_another_commit(**values):
 
 def test_methods_of_two_commits_share_a_table_if_their_dense_clips_do():
     text = markdown([DENSE, row(**UNTIMED), of_another_commit()], "some")
-    assert "the same dense clips at commit `cccccccccccc`, but `dddddddddddd` (svg2 0.75)." in text
+    assert "commit `cccccccccccc`, but `dddddddddddd` (svg2 0.75); the dense clips of all are the same bytes." in text
     assert markdown([DENSE, row(**UNTIMED), of_another_commit(dense_kernel="fa4")], "some") == text
     tied = row(reference_sha256="e" * 64, **UNTIMED)
     assert "commit `cccccccccccc`, but `dddddddddddd` (svg2 0.75)" in markdown([tied, of_another_commit()], "some")

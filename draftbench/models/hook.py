@@ -2,8 +2,8 @@
 
 A family subclasses `Hook` to say where its transformer keeps things and `Processor` for the arithmetic around its
 attention. Which attentions are the video's own is known by where they are in a block; cross-attention and the text's
-refiners stay untouched. The step comes from counting the scheduler's, the branch from the name that the pipeline gives
-each forward, the grid from the tensors of that forward.
+refiners stay untouched. The step is how often the scheduler has stepped in this generation, the branch comes from the
+name that the pipeline gives each forward, the grid from the tensors of that forward.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Hook:
         self.pipe, self.session, self.seeds, self.last = pipe, session, seeds, last
         self.transformers = transformers(pipe)
         self.step, self.branch, self.both = -1, "cond", False
-        # Counted, as timesteps do not tell: some schedulers repeat them, and diffusers rounds some to bfloat16.
+        # Steps that the scheduler made. Timesteps do not tell: some repeat them, and diffusers rounds some to bfloat16.
         self.taken = 0
         self.timesteps: Tensor | None = None  # of this generation; the scheduler makes new ones for each
         self.network: Any = None
