@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def page(rows: Sequence[Row], source: str) -> Page:
         "over the dense kernel of the lowest median, timed among them; ideal: share of (dense time x pairs kept / all "
         "pairs); error: relative, against float32 on sampled rows (worst row); GiB beside the inputs. About "
         f"{first['budget_s']:g} s of timing a row{_rule(first)}.",
-        short(rows),
+        short(rows, {row["sparsity"] for row in rows}),
         "Beside the kernel: the selection, timed alone, and what order and restore took in the pass for the parts.",
         executors(rows),
         "Other kernel: of others, on the same blocks, the one of the lowest median and those not told apart from it."
@@ -63,10 +63,12 @@ def page(rows: Sequence[Row], source: str) -> Page:
     return Page(source, source, parts)
 
 
-def short(rows: Sequence[Row]) -> Table:
-    """What draft gains, on its fastest executor: a line for each shape and sparsity, on the blocks that it selects."""
+def short(rows: Sequence[Row], levels: Collection[float] = (*LEVELS, 0.95)) -> Table:
+    """What draft gains, on its fastest executor and the blocks that it selects: a line for each shape and sparsity of
+    `levels`, or each there is if none of them is."""
     out: list[Row] = []
-    for shape, level in sorted({(row["shape"], row["sparsity"]) for row in rows}):
+    wanted = {row["sparsity"] for row in rows if row["sparsity"] in levels} or {row["sparsity"] for row in rows}
+    for shape, level in sorted({(row["shape"], row["sparsity"]) for row in rows if row["sparsity"] in wanted}):
         here = [row for row in rows if ok(row) and (row["shape"], row["sparsity"]) == (shape, level)]
         here = [row for row in here if row["mask"] == "captured"]
         whole = [row for row in here if row["contestant_kind"] == "whole" and row["contestant"] != "draft_paper"]

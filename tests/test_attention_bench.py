@@ -479,6 +479,9 @@ def test_what_draft_gains_is_told_of_its_fastest_executor_on_its_own_blocks(rows
     assert next(cells for cells in attention_tables.short(rows).cells() if cells[1] == "90%")[2] == "-"
     failed = [row | {"status": "failed: it broke"} for row in rows]
     assert attention_tables.short(failed).cells() == []
+    few = [row | {"sparsity": level} for row in rows if row["sparsity"] == 0.9 for level in (0.8, 0.9)]
+    shown = [[cells[1] for cells in attention_tables.short(few, levels).cells()] for levels in ((0.9,), (0.5,))]
+    assert shown == [["90%"], ["80%", "90%"]]
 
 
 def spread(ms):
