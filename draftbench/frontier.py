@@ -32,6 +32,23 @@ class Point(NamedTuple):
     quality: Estimate
 
 
+class Panel(NamedTuple):
+    """The points at a shape, ms of its dense attention if that has a time, and the labels of the axes."""
+
+    shape: str
+    points: Sequence[Point]
+    dense: float | None
+    quality: str
+    time: str
+
+
+class Drawing(NamedTuple):
+    """All that a picture shows: its panels, and the lines over them."""
+
+    panels: Sequence[Panel]
+    about: str
+
+
 def join(cells: Sequence[Row], times: Sequence[Row], rule: Contrasts) -> dict[str, list[Point]]:
     """The points of each shape of `times`, by method and sparsity; what only one side has is in none, nor is a time of
     a call that did not drop what its sparsity asks for, nor a mean over some of the clips.
@@ -59,24 +76,31 @@ def join(cells: Sequence[Row], times: Sequence[Row], rule: Contrasts) -> dict[st
     return found
 
 
-def figure(
-    cells: Sequence[Row], times: Sequence[Row], names: tuple[str, str], rule: Contrasts, path: Path, digest: str
-) -> None:
-    """Draw a panel a shape, a line a method over its sparsities; `names` are those of the two files of records.
+def drawing(cells: Sequence[Row], times: Sequence[Row], names: tuple[str, str], rule: Contrasts) -> Drawing | None:
+    """What a picture shows, a panel a shape, or None if nothing meets; `names` are those of the two files of records.
 
-    `digest` goes into the PNG's metadata. Raises ValueError as `join`, or if nothing meets; ImportError without
-    matplotlib.
+    Raises ValueError as `join`.
     """
     shapes = join(cells, times, rule)
-    if not shapes:
-        raise ValueError(f"{' and '.join(names)} have no method at a sparsity in common")
-    methods = sorted({point.method for points in shapes.values() for point in points})
-    picture = canvas(8 * len(shapes), 5.2)
+    panels = []
+    for shape, points in shapes.items():
+        dense = [row["dense"]["ms"] for row in times if row["shape"] == shape and row["dense"] and row["dense"]["ms"]]
+        middle = sorted(dense)[len(dense) // 2] if dense else None
+        panels.append(Panel(shape, points, middle, *sources(cells, times, shape, names)))
+    return Drawing(panels, about(cells, times, shapes)) if panels else None
+
+
+def figure(drawing: Drawing, path: Path, digest: str) -> None:
+    """Draw a line a method over its sparsities, or, of one sparsity, points with names.
+
+    `digest` goes into the PNG's metadata. Raises ImportError without matplotlib.
+    """
+    methods = sorted({point.method for panel in drawing.panels for point in panel.points})
+    picture = canvas(8 * len(drawing.panels), 5.2)
     from matplotlib.ticker import LogLocator  # it is there, or `canvas` has said what to install
 
-    for axes, (shape, points) in zip(picture.subplots(1, len(shapes), squeeze=False)[0], shapes.items(), strict=True):
-        dense = [row["dense"]["ms"] for row in times if row["shape"] == shape and row["dense"] and row["dense"]["ms"]]
-        line = sorted(dense)[len(dense) // 2] if dense else math.inf
+    for axes, panel in zip(picture.subplots(1, len(drawing.panels), squeeze=False)[0], drawing.panels, strict=True):
+        shape, points, dense, quality, time = panel
         levels = {point.sparsity for point in points}
         level = f" at {levels.pop():.0%} sparsity" if len(levels) == 1 else ""  # then names stand at the points
         for number, method in enumerate(methods):
@@ -86,13 +110,12 @@ def figure(
                               marker="os^Dvx"[number // 10 % 6], markersize=4, linewidth=1, capsize=2)  # fmt: skip
         for place, point in enumerate(sorted(points, key=lambda point: point.ms[1])):
             text = point.method if level else f"{point.sparsity:.0%}"
-            near = NEAR < point.ms[1] / line < 1  # of the point, for dense lies on its right
+            near = NEAR < point.ms[1] / (dense or math.inf) < 1  # of the point, for dense lies on its right
             axes.annotate(text, (point.ms[1], point.quality.mean), fontsize=7,
                           xytext=(-3 if near else 3, 3 if place % 2 else -9),  # below and above in turn
                           ha="right" if near else "left", textcoords="offset points")  # fmt: skip
         if dense:
-            axes.axvline(line, color="k", linestyle="--", linewidth=1, label="dense")
-        quality, time = sources(cells, times, shape, names)
+            axes.axvline(dense, color="k", linestyle="--", linewidth=1, label="dense")
         axes.set(title=shape + level, xscale="log", xlabel=time, ylabel=quality)
         axes.grid(alpha=0.3, which="both")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
@@ -100,14 +123,8 @@ def figure(
         axes.xaxis.set_minor_formatter("")
         if dense or not level:
             axes.legend(fontsize=7)
-    picture.suptitle(about(cells, times, shapes), fontsize=7)
+    picture.suptitle(drawing.about, fontsize=7)
     save(picture, path, digest)
-
-
-def drawn(cells: Sequence[Row], times: Sequence[Row], rule: Contrasts) -> tuple[Any, ...]:
-    """What a picture shows that other modules compute: its points and its words; nothing if no points meet."""
-    shapes = join(cells, times, rule)
-    return (shapes, about(cells, times, shapes)) if shapes else ()
 
 
 def about(cells: Sequence[Row], times: Sequence[Row], shapes: Mapping[str, Sequence[Point]]) -> str:

@@ -124,10 +124,9 @@ def _pictures(config: DictConfig, sources: dict[str, Path], rows: dict[str, Rows
         if bench := DRAWN.get(_kind(group)):
             found[folder / f"{name}.png"] = _digest(bench, sources[name]), partial(bench.figure, group)
     names = str(config.frontier.quality), str(config.frontier.time)
-    if set(names) <= set(rows) and (drawn := frontier.drawn(rows[names[0]], rows[names[1]], rule)):
-        digest = _digest(frontier, *(sources[name] for name in names), settings=repr((rule, drawn)))
-        draw = partial(frontier.figure, rows[names[0]], rows[names[1]], names, rule)
-        found[folder / f"{names[0]}_frontier.png"] = digest, draw
+    if set(names) <= set(rows) and (made := frontier.drawing(rows[names[0]], rows[names[1]], names, rule)):
+        digest = _digest(frontier, *(sources[name] for name in names), settings=repr((rule, made)))
+        found[folder / f"{names[0]}_frontier.png"] = digest, partial(frontier.figure, made)
     return found
 
 

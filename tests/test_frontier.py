@@ -62,7 +62,7 @@ def test_each_axis_names_its_source(tmp_path, monkeypatch):
     drawn, save = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k))[1])
     names = ("pocket_headline", "methods")
-    frontier.figure(CELLS, TIMES, names, RULE, tmp_path / "a.png", "abc")
+    frontier.figure(frontier.drawing(CELLS, TIMES, names, RULE), tmp_path / "a.png", "abc")
     assert Image.open(tmp_path / "a.png").info["digest"] == "abc"
     axes, other = drawn[0].axes
     assert "pocket at 16x32x48" in axes.get_ylabel() and "(pocket_headline)" in axes.get_ylabel()
@@ -72,7 +72,8 @@ def test_each_axis_names_its_source(tmp_path, monkeypatch):
     assert "hunyuan_768p on H200 (methods)" in axes.get_xlabel() and "wan_720p on H200" in other.get_xlabel()
     near = [*TIMES, timed("oracle", ms=8.0), timed("sta")]
     cells = [row | {"dense": {"steps": 0.25, "layers": 0}} for row in (*CELLS, *two("oracle"), *two("sta"))]
-    frontier.figure([row for row in cells if row["sparsity"] != 0.5], near, names, RULE, tmp_path / "c.png", "abc")
+    cells = [row for row in cells if row["sparsity"] != 0.5]
+    frontier.figure(frontier.drawing(cells, near, names, RULE), tmp_path / "c.png", "abc")
     axes = drawn[1].axes[0]
     assert (
         axes.get_ylabel().endswith("first 25% of steps dense")
@@ -84,8 +85,6 @@ def test_each_axis_names_its_source(tmp_path, monkeypatch):
         "sta": "left",
     }
     assert "`" not in drawn[1].get_suptitle() and "sta (uniform windows)." in drawn[1].get_suptitle()
-    with pytest.raises(ValueError, match="and methods have no method at a sparsity in common"):
-        frontier.figure(CELLS, [timed("vsa")], names, RULE, tmp_path / "b.png", "abc")
 
 
 def test_it_is_drawn_once_both_files_are_there_and_again_when_what_it_is_made_of_changes(tmp_path, monkeypatch):
@@ -121,8 +120,10 @@ def test_it_is_drawn_once_both_files_are_there_and_again_when_what_it_is_made_of
 
 
 def test_nothing_is_drawn_where_nothing_meets():
-    assert frontier.drawn([cell(sparsity=0.5)], [timed()], RULE) == ()
+    names = ("quality", "time")
+    assert frontier.drawing([cell(sparsity=0.5)], [timed()], names, RULE) is None
     few = [*two("vsa", 0.5), cell()]  # of two clips, one at 90%
-    assert frontier.drawn(few, [timed()], RULE) == ()
-    shapes, words = frontier.drawn([*few, *two("sta")], [timed(), timed("sta")], RULE)
-    assert [point.method for point in shapes["hunyuan_768p"]] == ["sta"] and "only: draft at 90% (1 of 2)." in words
+    assert frontier.drawing(few, [timed()], names, RULE) is None
+    made = frontier.drawing([*few, *two("sta")], [timed(), timed("sta")], names, RULE)
+    assert [[point.method for point in panel.points] for panel in made.panels] == [["sta"]]
+    assert made.about.endswith("only: draft at 90% (1 of 2).")
