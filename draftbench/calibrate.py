@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -138,6 +139,7 @@ def calibrate(config: DictConfig, sparsities: Sequence[float]) -> Path:
     wanted = sorted({x for x in sparsities if not any(abs(row["sparsity"] - x) < 1e-9 for row in rows)})
     if not wanted:
         return method.path
+    _try(method.path)
     method.sparsity = 0.5  # any but 0, at which nothing is asked
     beyond: list[str] = []
 
@@ -194,6 +196,17 @@ def calibrate(config: DictConfig, sparsities: Sequence[float]) -> Path:
     if beyond:
         raise OutOfReach("; ".join(beyond))
     return method.path
+
+
+def _try(path: Path) -> None:
+    """Raise OSError, naming the key, for a file that cannot be written: before the generations, not after them."""
+    probe = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"method.calibration must be a file that can be written, got {path}: {error.strerror}") from error
 
 
 def pick(method: Searched, losses: Losses, grid: tuple[int, int, int], sparsity: float) -> tuple[Any, float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import os
 import re
 import sys
@@ -152,6 +153,8 @@ def _main(argv: list[str]) -> int:
 
 def plan(arguments: argparse.Namespace, overrides: list[str]) -> Jobs:
     """Compose every job and check it, its model and its output folder; raises what is wrong before any work is done."""
+    if arguments.config_dir and not Path(arguments.config_dir).is_dir():
+        raise ValueError(f"--config-dir must be a folder, got {arguments.config_dir}")
     own = [f"hydra.searchpath=[file://{Path(arguments.config_dir).absolute()}]"] if arguments.config_dir else []
     with _configs() as loader:
         parsed = OverridesParser.create(loader).parse_overrides(overrides)
@@ -218,6 +221,8 @@ def _place(configs: list[DictConfig], sweep: bool) -> Jobs:
         roots.append(str(OmegaConf.select(config, key)))
         places.append(str(config.hydra.sweep.subdir) if sweep else "")
         jobs.append(OmegaConf.masked_copy(config, [str(name) for name in config if name != "hydra"]))
+    if not roots[0].strip():
+        raise ValueError(f"{key} must be a folder, got {roots[0]!r}")
     if len(set(places)) < len(places):
         raise ValueError(f"hydra.sweep.subdir must differ from job to job, got {places[0]!r} for more than one")
     return Jobs(jobs, Path(roots[0]), key, bool(re.search(r"^dir:.*\$\{now:", raw, re.MULTILINE)), places)
@@ -237,7 +242,10 @@ def _check_models(configs: list[DictConfig]) -> None:
     for config in configs:
         key = OmegaConf.to_yaml(OmegaConf.masked_copy(config, keys), resolve=True)
         try:
-            schema.method(config).meet(models[key], schema.parts(config))
+            method, parts, steps = schema.method(config), schema.parts(config), models[key].steps
+            if method.sparse and all(parts.covers(step, steps, -math.inf, parts.layers) for step in range(steps)):
+                raise ValueError(f"dense.steps={parts.steps:g} of model.steps={steps} leaves no step for the method")
+            method.meet(models[key], parts)
         except Uncalibrated as error:
             first = lacking.setdefault(error.reason, error)
             if isinstance(first, Uncalibrated):

@@ -116,6 +116,8 @@ def contrasts(cells: Cells, rule: Contrasts) -> Iterator[Table]:
             "where there are fewer, in which the mean is as far from 0; Holm-corrected for the "
             f"{len(tested)} contrasts of this page. < stands where no drawn one is: {floor:.2g}, {len(tested)} times 1 "
             f"of {rule.draws + 1}, is the least corrected value that they resolve."
+            if tested
+            else "Paired by prompt and seed; too few prompts for an interval or a test."
         )
         if rows:
             yield Table(f"minus_{base}", columns, rows, f"Minus {base}", note)

@@ -35,6 +35,22 @@ LATER = (
     "lpips_net",  # "alex" or "vgg"
     "no_quality",  # why psnr_db, ssim, lpips and quality are absent
 )  # fmt: skip
+# What a cell's fields hold, if not null.
+TYPES: dict[tuple[Any, str], tuple[str, ...]] = {
+    (str, "a text"): (
+        *("cell_id", "model", "weights_hash", "method", "executor", "prompt", "device", "commit", "status"),
+        *("timestamp", "frames_sha256", "reference_sha256", "dense_kernel", "lpips_net"),
+    ),
+    (int | float, "a number"): (
+        *("seed", "steps", "sparsity", "sparsity_achieved", "density_effective", "fallback_rows", "psnr_db", "ssim"),
+        *("lpips", "generate_s", "step_ms", "attention_ms", "speedup_generate", "speedup_attention"),
+        *("peak_memory_gib", "batch"),
+    ),
+    (Mapping, "an object"): (
+        *("method_settings", "versions", "dense", "knob", "model_settings", "quality", "parts_ms", "latency"),
+    ),
+    (list, "a list"): ("grid", "executors_run"),
+}
 # Records of kind "attention" (draftbench.bench) have these instead: one contestant on one shape, mask and sparsity.
 ATTENTION = (
     *("schema_version", "kind", "cell_id", "run", "shape", "shape_settings", "source", "mask", "sparsity"),
@@ -98,12 +114,23 @@ def _fields(record: Mapping[str, Any]) -> tuple[str, ...]:
 def upgrade(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record of any version as one of this version; ValueError for one of a newer draftbench, or of none."""
     version = record.get("schema_version")
-    if version not in range(1, SCHEMA_VERSION + 1):
+    if isinstance(version, bool) or version not in range(1, SCHEMA_VERSION + 1):
         raise ValueError(f"schema_version must be 1 to {SCHEMA_VERSION}, got {version!r}")
+    if record.get("kind") == "cell":
+        _check_types(record)
     lacking: dict[str, Any] = {name: None for name in _fields(record) if name not in record}
     if "lpips_net" in lacking:
         lacking["lpips_net"] = "alex"  # whose weights came along, and the setting unless asked otherwise
     return {**lacking, **record, "schema_version": SCHEMA_VERSION}
+
+
+def _check_types(record: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming it, for a value of a cell that no table could take."""
+    for (kinds, what), names in TYPES.items():
+        for name in names:
+            value = record.get(name)
+            if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+                raise ValueError(f"{name} must be {what} or null, got {value!r}")
 
 
 def missed(sparsity: float, achieved: float) -> str | None:

@@ -29,7 +29,8 @@ CELL = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the page and say where it is; returns the exit code, 2 for what cannot be read or written."""
+    """Write the page and say where it is; returns the exit code: 1 if a damaged record was left out, 2 for what cannot
+    be read or written."""
     parser = argparse.ArgumentParser("python -m draftbench.report", description="One HTML page of runs.")
     parser.add_argument("runs", nargs="+", metavar="RUN_FOLDER", type=Path, help="of one run or of a sweep")
     parser.add_argument("--out", type=Path, help="the page; report.html in the first folder if left out")
@@ -39,23 +40,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not 0 < options.limit < 1e6:
             raise ValueError(f"--limit must be above 0 and below a million MB, got {options.limit:g}")
-        text, shown = page(options.runs, int(options.limit * 1e6))
+        damaged: list[str] = []
+        text, shown = page(options.runs, int(options.limit * 1e6), damaged)
         with records.replacing(out) as temporary:
             temporary.write_text(text, encoding="utf-8")
     except (OSError, ValueError) as error:
         print(f"draftbench: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
         return 2
+    for line in damaged:
+        print(f"draftbench: left out: {line}", file=sys.stderr)
     print(f"{out}: {len(text.encode()) / 1e6:.1f} MB, {shown}")
-    return 0
+    return int(bool(damaged))
 
 
-def page(runs: Sequence[Path], limit: int) -> tuple[str, str]:
+def page(runs: Sequence[Path], limit: int, damaged: list[str] | None = None) -> tuple[str, str]:
     """The page of run folders, at most `limit` bytes unless its tables alone are more, and what it shows of the clips.
 
-    A damaged record is left out and named. Raises FileNotFoundError for a folder that does not exist, ValueError if
-    there are no records.
+    A damaged record is left out and named, in `damaged` too. Raises FileNotFoundError for a folder that does not exist,
+    ValueError if there are no records.
     """
-    damaged: list[str] = []
+    damaged = [] if damaged is None else damaged
     everything = [(path, row) for path in records.files(runs) for row in records.parse(path, damaged)]
     found = [(path, row) for path, row in everything if row["kind"] == "cell"]
     if not found:

@@ -117,7 +117,9 @@ class Job:
         cells = [(prompt, int(seed)) for prompt in self.config.prompts for seed in self.config.seeds]
         places = dict(zip(self.place.numbers(cells), cells, strict=True))
         known = {} if self.config.force else {n: self.index.find(self.cell_id(*cell)) for n, cell in places.items()}
-        found = self.place.bring({number: done for number, done in known.items() if done})
+        # Committed code runs again what uncommitted code made, which could not be promoted.
+        dirty = self.environment["dirty"]
+        found = self.place.bring({n: done for n, done in known.items() if done and (dirty or not done[0]["dirty"])})
         self.baseline = self.place.baseline
         rows = [(number, row) for number, (row, _) in found.items()]
         waiting = [(number, cell) for number, cell in places.items() if number not in found]

@@ -181,6 +181,9 @@ def test_what_cannot_be_calibrated_is_refused(configured, knobbed, tmp_path, cap
     (tmp_path / "found.yaml").write_text("a: 1\n")
     with pytest.raises(ValueError, match="is not a calibration file"):
         run.job(knobbed(), tmp_path / "out")
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"method.calibration must be a file that can be written, got .*/file/x.yaml: "):
+        calibrate.calibrate(configured("method=xattention", f"method.calibration={tmp_path}/file/x.yaml"), [0.5])
     for text in ("2", "abc", "0.5,"):
         assert calibrate.main(["method=svg2", f"sparsity={text}"]) == 2
         assert f"sparsity must be numbers in (0, 1), separated by commas, got {text}\n" in capsys.readouterr().err

@@ -55,7 +55,7 @@ def jobs(monkeypatch, tmp_path):
     fake.job = spy
     monkeypatch.setitem(sys.modules, "draftbench.run", fake)
     monkeypatch.setattr(draftbench, "run", fake, raising=False)
-    monkeypatch.setattr(schema, "check_job", lambda config: SimpleNamespace(grid=(8, 16, 24)))
+    monkeypatch.setattr(schema, "check_job", lambda config: SimpleNamespace(grid=(8, 16, 24), steps=8))
     return seen
 
 
@@ -288,6 +288,9 @@ BAD = [
     (["-m", "hydra.run.dir=a,b"], "hydra.run.dir=a,b cannot be swept"),
     (["-m", "hydra.sweep.subdir=x", "seeds=0,1"], "hydra.sweep.subdir must differ from job to job, got 'x'"),
     (["--foo"], "unrecognized arguments: --foo"),
+    (["dense.steps=1"], "dense.steps=1 of model.steps=8 leaves no step for the method"),
+    (["hydra.run.dir="], "hydra.run.dir must be a folder, got ''"),
+    (["--config-dir", "nowhere"], "--config-dir must be a folder, got nowhere"),
     (["--config-path", "x"], "--config-path is not supported"),
     (["--config-name", "nope"], "Cannot find primary config 'nope'"),
     (["--cfg", "job", "sparsty=1"], "did you mean sparsity?"),
@@ -317,7 +320,7 @@ def test_a_model_is_asked_once_for_each_config_of_its_own(jobs, capsys, monkeypa
 
     def note(config):
         asked.append((config.model.name, *config.prompts))
-        return SimpleNamespace(grid=(8, 16, 24))
+        return SimpleNamespace(grid=(8, 16, 24), steps=8)
 
     monkeypatch.setattr(schema, "check_job", note)
     argv = ["-m", "method=dense,draft", "prompts=turn left,walk forward", "tracking=disabled"]

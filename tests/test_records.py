@@ -262,6 +262,23 @@ def test_a_record_of_no_known_version_is_refused(tmp_path, version):
         records.read_all([tmp_path])
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"psnr_db": "high"}, "psnr_db must be a number or null, got 'high'"),
+        ({"seed": True}, "seed must be a number or null, got True"),
+        ({"cell_id": ["a"]}, r"cell_id must be a text or null, got \['a'\]"),
+        ({"dense": "none"}, "dense must be an object or null, got 'none'"),
+        ({"grid": 3}, "grid must be a list or null, got 3"),
+        ({"schema_version": True}, "schema_version must be 1 to 4, got True"),
+    ],
+)
+def test_a_value_that_no_table_could_take_is_damage(values, said, tmp_path):
+    (tmp_path / "record.json").write_text(json.dumps(record() | values))
+    with pytest.raises(ValueError, match=f"record.json is not a draftbench record: {said}"):
+        records.read(tmp_path / "record.json")
+
+
 def test_of_a_file_cut_in_the_middle_the_good_rows_are_kept_and_the_bad_one_is_named(tmp_path):
     lines = [json.dumps(record(seed=i, prompt="naïve"), ensure_ascii=False).encode() for i in range(3)]
     path = tmp_path / "rows.jsonl"

@@ -89,8 +89,9 @@ def test_nothing_but_damaged_records_is_refused_and_named(tmp_path, capsys):
     assert f"{tmp_path / 'record.json'} is not a draftbench record" in said
 
 
-def test_a_damaged_record_is_left_out_and_named(sweep):
+def test_a_damaged_record_is_left_out_and_named(sweep, capsys):
     (sweep / "1" / "record_001.json").write_text("{")
+    assert report.main([str(sweep)]) == 1 and "draftbench: left out: " in capsys.readouterr().err
     found = data(report.page([sweep], 10**7)[0])
     assert len(found["cells"]["rows"]) == 5 and "record_001.json is not a draftbench record" in found["about"][-1]
 

@@ -141,6 +141,14 @@ def test_fewer_steps_records_its_steps_and_is_found_again(job, monkeypatch, caps
     assert "1 of 1 cells were finished before" in capsys.readouterr().err
 
 
+def test_committed_code_runs_again_what_uncommitted_code_made(job, monkeypatch, capsys):
+    described = run.describe
+    for dirty, before in ((True, False), (True, True), (False, False), (False, True), (True, True)):
+        monkeypatch.setattr(run, "describe", lambda device, dirty=dirty: described(device) | {"dirty": dirty})
+        job()
+        assert ("1 of 1 cells were finished before" in capsys.readouterr().err) == before
+
+
 def test_the_reference_is_generated_once(job, generated):
     first = job("seeds=[0,1]")
     assert generated == [("Dense", (0, 1), False), ("Draft", (0, 1), False)]

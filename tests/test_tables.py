@@ -169,6 +169,11 @@ def test_a_mean_over_some_of_the_clips_is_told():
     assert "Means over some" not in markdown(whole, "some")
 
 
+def test_one_clip_has_no_spread_and_no_test():
+    text = markdown([row(), row("svg2")], "some")
+    assert "Spread" not in text and "Holm" not in text and "too few prompts for an interval or a test." in text
+
+
 def test_near_sparsities_and_several_knobs_keep_their_places():
     rows = [row(sparsity=s, psnr=p) for s, p in ((0.975, 30.0), (0.98, 29.0), (0.55, 33.0))]
     rows += [row(sparsity=0.0, psnr=p, knob={"top_p": value}) for p, value in ((25.0, 0.5), (27.0, 0.9))]
@@ -295,10 +300,10 @@ def test_the_command_writes_checks_and_says_what_is_stale(tmp_path, capsys):
     assert f"{page} is out of date; run `make tables`" in capsys.readouterr().err
     assert tables.main(keys) == 0 and page.read_text().startswith("# some\n\npocket, token grid 8x16x24")
     assert {path.name for path in page.parent.iterdir()} == {
-        "some.md", *(f"some.{table}.{form}" for table in ("methods", "spread") for form in ("csv", "tex"))
+        "some.md", "some.methods.csv", "some.methods.tex"
     }  # fmt: skip
     assert tables.main([*keys, "--check"]) == 0 == tables.main([*keys, "check=true"])
-    for name in ("R.md", "out/some.methods.csv", "out/some.spread.tex"):
+    for name in ("R.md", "out/some.methods.csv", "out/some.methods.tex"):
         (tmp_path / name).write_text("<!-- table some -->\nother\n<!-- end -->\n")
         assert tables.main([*keys, "--check"]) == 1 and f"{name} is out of date" in capsys.readouterr().err
         assert tables.main(keys) == 0
