@@ -119,12 +119,16 @@ def _caveats(rows: Sequence[Row], source: str) -> list[str]:
 
 
 def provenance(rows: Sequence[Row]) -> str:
-    """A sentence: the model, grid, weights, guidance, device, versions and commits of rows that share a table."""
-    first = rows[0]
+    """A sentence: the model, grid, steps, weights, guidance, device, versions and commits of rows of one table."""
+    first, warmups = rows[0], {Setting.of(row).warmup for row in rows}
+    steps = max(row["steps"] or 0 for row in rows)
+    (share,) = warmups if len(warmups) == 1 else (None,)
+    taken = f"{steps} steps{'' if share is None else f', the first {share:.0%} dense'}, " if steps else ""
     same = "; the dense clips of all are the same bytes" if len({row["commit"] for row in rows}) > 1 else ""
     guidance = (first["model_settings"] or {}).get("guidance")
     return (
-        f"{first['model']}, token grid {'x'.join(map(str, first['grid']))}, weights `{first['weights_hash'][:12]}`, "
+        f"{first['model']}, token grid {'x'.join(map(str, first['grid']))}, {taken}"
+        f"weights `{first['weights_hash'][:12]}`, "
         f"{'' if guidance is None else f'guidance {guidance:g}, '}on one {first['device']}, {versions(first)}, "
         f"{commits(rows, namer(rows))}{same}."
     )

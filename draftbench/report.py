@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="the page; report.html in the first folder if left out")
     parser.add_argument("--limit", type=float, default=20.0, metavar="MB", help="of the page (20)")
     options = parser.parse_args(argv)
-    out = options.out or options.runs[0] / "report.html"
+    first = options.runs[0]
+    out = options.out or (first.parent if first.is_file() else first) / "report.html"
     try:
         if not 0 < options.limit < 1e6:
             raise ValueError(f"--limit must be above 0 and below a million MB, got {options.limit:g}")

@@ -114,8 +114,6 @@ def plan(config: DictConfig) -> Jobs:
         sparsities = case.sparsities if config.sparsities is None else config.sparsities
         layers = (0, case.layers) if config.layers is None else config.layers
         dense = [Contestant(one) for one in dense_kernel.KERNELS if one in config.methods]
-        if not dense:
-            raise ValueError(f"bench.methods must have a dense one to compare with ({', '.join(dense_kernel.KERNELS)})")
         rest, model = [], schema.model(case.config())
         for method in config.methods:
             if method == "stock":
@@ -125,6 +123,8 @@ def plan(config: DictConfig) -> Jobs:
                 for one in made:
                     one.meet(model, DenseParts(DENSE_STEPS, layers=case.layers))
                 rest += [Contestant(method, one, int(count)) for one in made for count in layers]
+        if not dense:
+            raise ValueError(f"bench.methods must have a dense one to compare with ({', '.join(dense_kernel.KERNELS)})")
         jobs.append((name, [*dense, *rest]))
     return jobs
 

@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from .records import missed
+
 # What `means` averages, with the head and the format of its column.
 MEASURES = {
     "sparsity_achieved": ("achieved", "{:.3f}"),
@@ -92,7 +94,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
         block = [row for row in rows if (str(row["device"]), json.dumps(row["versions"])) == machine]
         versions = block[0]["versions"] or {}
         used = [f"{name} {versions[name]}" for name in ("torch", "triton", "cuda") if versions.get(name)]
-        blocks.append("\n".join([", ".join([machine[0], *used]), *_lines(block)]))
+        blocks.append("\n".join([", ".join([machine[0], *used]), *_lines(block), *_off(block)]))
     failed = [record for record in records if record["status"] != "ok"]
     if failed:
         blocks.append("\n".join(_failure(record) for record in failed))
@@ -112,6 +114,16 @@ def _lines(rows: list[dict[str, Any]]) -> list[str]:
         "  ".join(pad(text, width) for pad, text, width in zip(pads, line, widths, strict=True)).rstrip()
         for line in [head, *body]
     ]
+
+
+def _off(rows: list[dict[str, Any]]) -> list[str]:
+    """A line on what missed its sparsity, if anything did."""
+    found = []
+    for row in rows:
+        asked, achieved = row["variant"].get("sparsity", row["sparsity"]), row["sparsity_achieved"]
+        if achieved is not None and asked is not None and not row["knob"] and (said := missed(asked, achieved)):
+            found.append(f"{row['method']} {said}")
+    return [f"off by more than 2 points, 1 beyond 90%: {', '.join(found)}"] if found else []
 
 
 def _level(row: Mapping[str, Any]) -> str:

@@ -74,3 +74,10 @@ def test_table_lists_what_failed():
     assert text.endswith("failed: out of memory (pocket draft sparsity 0.9, prompt 'turn left', seed 3)")
     assert [group["n"] for group in summary.means([row(), row(status="failed: x")])] == [1]
     assert summary.table([]) == "no records"
+
+
+def test_a_sparsity_that_was_missed_is_told_below_the_table():
+    rows = [row(sparsity_achieved=0.9), row("sta", 0.75, sparsity_achieved=0.7), row("dense", 0.0, sparsity_achieved=0)]
+    rows += [row("fewer_steps", 0.9, sparsity_achieved=0.0, method_settings={"sparsity": 0.0})]
+    assert summary.table(rows).splitlines()[-1] == "off by more than 2 points, 1 beyond 90%: sta achieved 0.700 of 0.75"
+    assert "off by" not in summary.table(rows[:1]) and "off by" not in summary.table([row(sparsity_achieved=None)])
