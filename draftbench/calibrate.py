@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +39,7 @@ from .knob import (
     read,
     settings,
 )
-from .records import replacing
+from .records import probe, replacing
 
 TOLERANCE = 0.003  # of the mean sparsity
 ROUNDS = 20
@@ -200,11 +199,9 @@ def calibrate(config: DictConfig, sparsities: Sequence[float]) -> Path:
 
 def _try(path: Path) -> None:
     """Raise OSError, naming the key, for a file that cannot be written: before the generations, not after them."""
-    probe = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        probe(path.parent)
     except OSError as error:
         raise OSError(f"method.calibration must be a file that can be written, got {path}: {error.strerror}") from error
 

@@ -263,7 +263,7 @@ def _claim(jobs: Jobs) -> None:
         folder = Path(cache).expanduser()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _try(folder, 1)
+            records.probe(folder)
         except OSError as error:
             raise OSError(f"cache must be a folder that can be written, got {cache}: {error.strerror}") from error
     try:
@@ -275,21 +275,12 @@ def _claim(jobs: Jobs) -> None:
                 if not jobs.fresh:
                     raise
                 jobs.root = given.with_name(f"{given.name}_{number}")
-        _try(jobs.root, 2**20)
+        records.probe(jobs.root, 2**20)
         for folder in jobs.folders:
             (folder / ERROR).unlink(missing_ok=True)
     except OSError as error:
         reason = error.strerror or error
         raise OSError(f"{jobs.key} must be a folder that can be written, got {jobs.root}: {reason}") from error
-
-
-def _try(folder: Path, size: int) -> None:
-    """Write `size` bytes to a folder and delete them; OSError if it cannot be."""
-    probe = folder / f".draftbench-{os.getpid()}"
-    try:
-        probe.write_bytes(bytes(size))
-    finally:
-        probe.unlink(missing_ok=True)
 
 
 def gather(jobs: Jobs) -> int:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from .bootstrap import Estimate, estimate
 from .contrasts import Contrasts, Row, by_prompt, clip
 from .estimate_tables import off
-from .method_tables import check_same, grouped, provenance, some_clips
+from .method_tables import check_same, grouped, incomplete, provenance
 from .tabular import canvas, label, named, ok, save
 
 NEAR = 0.7  # of dense's time: a name on the right of such a point would lie on its line
@@ -57,6 +57,7 @@ def join(cells: Sequence[Row], times: Sequence[Row], rule: Contrasts) -> dict[st
     """
     check_same(cells, "quality")
     groups = grouped(cells)
+    part = incomplete(groups)
     if len(warmups := {setting.warmup for setting, _ in groups}) > 1:
         raise ValueError(f"quality: a picture has one share of dense first steps, not {sorted(map(str, warmups))}")
     for name in ("device", "versions", "commit"):
@@ -65,7 +66,7 @@ def join(cells: Sequence[Row], times: Sequence[Row], rule: Contrasts) -> dict[st
     quality: dict[tuple[str, float], Estimate] = {}
     for (setting, method), group in groups.items():
         clips = by_prompt((row["prompt"], row[METRIC]) for row in group if ok(row))
-        if clips and method != "dense" and not setting.knob and not some_clips(groups, group):
+        if clips and method != "dense" and not setting.knob and (setting, method) not in part:
             quality[method, setting.sparsity] = estimate(clips, rule.draws, rule.seed)
     found: dict[str, list[Point]] = {}
     for row in sorted(times, key=lambda row: (row["shape"], row["method"], row["sparsity"])):
@@ -137,12 +138,12 @@ def about(cells: Sequence[Row], times: Sequence[Row], shapes: Mapping[str, Seque
     found.append("No evidence about clips of the models whose shapes these are.")
     if left := sorted({row["method"] for row in times if ok(row) and off(row)}):
         found.append(f"Not drawn, as their timed calls drop another share: {', '.join(left)}.")
-    timed, groups = {(row["method"], row["sparsity"]) for row in times if ok(row)}, grouped(cells)
-    part = {
+    timed = {(row["method"], row["sparsity"]) for row in times if ok(row)}
+    part = [
         f"{method} at {setting.sparsity:.0%} ({some})"
-        for (setting, method), group in groups.items()
-        if (method, setting.sparsity) in timed and not setting.knob and (some := some_clips(groups, group))
-    }
+        for (setting, method), some in incomplete(grouped(cells)).items()
+        if (method, setting.sparsity) in timed and not setting.knob
+    ]
     if part:
         found.append(f"Not drawn, as their means are of some clips only: {', '.join(sorted(part))}.")
     return "\n".join(found)

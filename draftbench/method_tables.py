@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from .bootstrap import estimate
 from .contrasts import METRICS, Cells, Contrasts, Row, Setting, by_prompt, clip, contrasts, labels
-from .records import missed
+from .records import missed_by
 from .tabular import Column, Page, Table, check_alike, commits, label, named, ok, versions
 
 SAME = (
@@ -121,7 +121,7 @@ def _caveats(rows: Sequence[Row], source: str) -> list[str]:
 def provenance(rows: Sequence[Row]) -> str:
     """A sentence: the model, grid, steps, weights, guidance, device, versions and commits of rows of one table."""
     first, warmups = rows[0], {Setting.of(row).warmup for row in rows}
-    steps = max(row["steps"] or 0 for row in rows)
+    steps = all_steps(rows)
     (share,) = warmups if len(warmups) == 1 else (None,)
     taken = f"{steps} steps{'' if share is None else f', the first {share:.0%} dense'}, " if steps else ""
     same = "; the dense clips of all are the same bytes" if len({row["commit"] for row in rows}) > 1 else ""
@@ -156,14 +156,14 @@ def _pivot(cells: Cells, name: str, across: str, note: str = "") -> Table:
     down = "sparsity" if across == "warmup" else "warmup"
     found: dict[tuple[str, Any], Row] = {}
     levels: dict[Any, str] = {}
-    steps = all_steps(cells)
+    steps = all_steps(_rows(cells))
     for (setting, method), group in cells.items():
         if method != "dense":
             level, row = getattr(setting, across), getattr(setting, down)
             psnr, lpips = mean(group, "psnr_db"), mean(group, "lpips")
             numbers = [format(x, form) if x is not None else "-" for x, form in ((psnr, ".1f"), (lpips, ".3f"))]
             text = f"{' / '.join(numbers)} ({sum(map(ok, group))})"
-            if off := missed_by(group):
+            if off := _missed(group):
                 text += f", {off}"
             if group[0]["steps"] not in (None, steps):
                 text += f", {group[0]['steps']} steps"
@@ -200,22 +200,25 @@ def mean(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def some_clips(cells: Cells, group: Sequence[Row]) -> str:
-    """`40 of 64` if fewer clips of a group worked than its table has, else nothing."""
-    count, most = sum(map(ok, group)), len({clip(row) for rows in cells.values() for row in rows})
-    return f"{count} of {most}" if 0 < count < most else ""
+def _rows(cells: Cells) -> list[Row]:
+    return [row for group in cells.values() for row in group]
 
 
-def all_steps(cells: Cells) -> int | None:
+def _missed(group: Sequence[Row]) -> str | None:
+    """See `missed_by`: of one method at one setting, on the mean of the clips that worked."""
+    return missed_by(group[0], mean(list(filter(ok, group)), "sparsity_achieved"))
+
+
+def incomplete(cells: Cells) -> dict[tuple[Setting, str], str]:
+    """`40 of 64` for each cell of which fewer clips worked than there are on the page, if any did."""
+    most = len(set(map(clip, _rows(cells))))
+    counts = {key: sum(map(ok, group)) for key, group in cells.items()}
+    return {key: f"{count} of {most}" for key, count in counts.items() if 0 < count < most}
+
+
+def all_steps(rows: Iterable[Row]) -> int | None:
     """The steps of what does not take fewer."""
-    return max((row["steps"] or 0 for group in cells.values() for row in group), default=0) or None
-
-
-def missed_by(group: Sequence[Row]) -> str | None:
-    """What labels the rows of one method at one setting if, on the mean of the clips that worked, theirs was missed."""
-    asked: float = {**group[0], **(group[0]["method_settings"] or {})}["sparsity"]  # 0 for controls of dense
-    achieved = mean(list(filter(ok, group)), "sparsity_achieved")
-    return None if achieved is None or group[0]["knob"] else missed(asked, achieved)
+    return max((row["steps"] or 0 for row in rows), default=0) or None
 
 
 def summary(group: Sequence[Row]) -> Row:
@@ -229,8 +232,8 @@ def summary(group: Sequence[Row]) -> Row:
     values |= {name: mean(quality, name) for name in ("motion_right", "scene_right")}
     values |= {name: mean(worked, name) for name in ("generate_s", "speedup_generate", "speedup_attention")}
     setting = Setting.of(group[0])
-    clips_missed = sum(missed_by([row]) is not None for row in worked)
-    values |= {"missed": missed_by(group), "clips_missed": clips_missed, "steps": group[0]["steps"]}
+    clips_missed = sum(_missed([row]) is not None for row in worked)
+    values |= {"missed": _missed(group), "clips_missed": clips_missed, "steps": group[0]["steps"]}
     return {**setting._asdict(), "method": group[0]["method"], "clips": clips, **values}
 
 
@@ -249,7 +252,7 @@ def _achieved(steps: int | None) -> Column:
 
 
 def _methods(cells: Cells, rule: Contrasts) -> Table:
-    dense = [row["quality"]["dense"] for group in cells.values() for row in group if row.get("quality")]
+    dense = [row["quality"]["dense"] for row in _rows(cells) if row.get("quality")]
     judged = [mean(dense, name) for name in ("motion_right", "scene_right")]
     motion, scene = ("-" if share is None else f"{share:.2f}" for share in judged)
     rows = [summary(group) | _intervals(group, rule) for group in cells.values()]
@@ -266,13 +269,13 @@ def _methods(cells: Cells, rule: Contrasts) -> Table:
         note += f" *: off by more than 2 points, 1 beyond 90%, so no row of that sparsity: {', '.join(each)}."
     if any(row["clips_missed"] and not row["missed"] for row in rows):
         note += " (n off): clips that are off by more than 2 points, 1 beyond 90%, though their mean is not."
-    cell = namer([row for group in cells.values() for row in group])
-    if part := [f"{cell(group[0])} ({some})" for group in cells.values() if (some := some_clips(cells, group))]:
+    cell = namer(_rows(cells))
+    if part := [f"{cell(cells[key][0])} ({some})" for key, some in incomplete(cells).items()]:
         note += f" Means over some of the clips, to be compared by the contrasts alone: {', '.join(part)}."
     if timed:
         note += " Generate s, and what divides by it, is the first clip's of a job, which alone is timed."
     columns: dict[str, Column] = labels(cells) | {
-        "clips": "{clips}", "achieved": _achieved(all_steps(cells)), "density": "{density_effective:.3f}",
+        "clips": "{clips}", "achieved": _achieved(all_steps(_rows(cells))), "density": "{density_effective:.3f}",
     }  # fmt: skip
     for name, form in zip(METRICS, (".2f", ".3f", ".3f"), strict=True):
         bare = f"{{{name}:{form}}}"

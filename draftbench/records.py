@@ -139,6 +139,12 @@ def missed(sparsity: float, achieved: float) -> str | None:
     return f"achieved {achieved:.3f} of {sparsity:g}" if off else None
 
 
+def missed_by(record: Mapping[str, Any], achieved: float | None) -> str | None:
+    """`missed` of cells like this record with their mean; None of an own knob, at which no sparsity was asked for."""
+    asked = {**record, **(record["method_settings"] or {})}["sparsity"]  # 0 for controls of dense
+    return None if asked is None or achieved is None or record.get("knob") else missed(asked, achieved)
+
+
 def cell_id(identity: Mapping[str, Any]) -> str:
     """First 16 hex digits of the SHA-256 of the canonical JSON of everything that shapes the cell; 1 is not 1.0."""
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -175,6 +181,15 @@ def replacing(path: Path | str) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def probe(folder: Path, size: int = 1) -> None:
+    """Write `size` bytes to a folder and delete them; OSError if it cannot be."""
+    path = folder / f".draftbench-{os.getpid()}"
+    try:
+        path.write_bytes(bytes(size))
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def write(record: Mapping[str, Any], path: Path | str) -> None:

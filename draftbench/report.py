@@ -206,7 +206,7 @@ def _means(rows: Sequence[Row]) -> list[Row]:
     """`summary.means` with the level and the variant in words."""
     means = summary.means(rows)
     return [
-        {name: row[name] for name in row if name not in ("versions", "knob")}
+        {name: row[name] for name in row if name not in ("versions", "knob", "missed")}
         | {"sparsity": summary.level(row), "variant": variant}
         for row, variant in zip(means, summary.differing(means), strict=True)
     ]

@@ -145,7 +145,7 @@ class Hook:
             result, steps = step(*args, **kwargs), len(self.pipe.scheduler.timesteps)
             self.taken += 1
             last = min(self.last or steps, steps)
-            if self.step + 1 == last:
+            if self.taken == last:
                 self.session.finish()
                 if last < steps:
                     self.pipe._interrupt = True  # the pipeline's own switch: it skips the steps that are left
