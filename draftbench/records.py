@@ -65,6 +65,7 @@ STEP = (
     *("schema_version", "kind", "cell_id", "run", "what", "case", "model", "model_settings", "grid", "forwards"),
     *("contestant", "method_settings", "executors_run", "sparsity", "sparsity_achieved", "density_effective"),
     *("dense_layers", "compiled", "ms", "times_ms", "attention_ms", "parts_ms", "parts_failed", "warm_up_s"),
+    "profile",
     *("composed", "steps", "dense_steps", "generate_s", "text_s", "denoise_s", "decode_s", "not_timed"),
     *("peak_memory_gib", "memory_over_dense_gib", "dense", "speedup", "requested"),
     *("device", "versions", "commit", "dirty", "status", "timestamp"),

@@ -149,6 +149,7 @@ class Step:
     compile: list[bool]
     repeats: Count
     dense_repeats: Count
+    profile: Switch
     generation: Switch
     text_encoders: Switch
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from draftbench.kernels import dense as dense_kernel
 from draftbench.kernels import resolve, run
 
-from . import parts, records, schema
+from . import parts, profiled, records, schema
 from .attention import DenseParts, Meter, Method, Plan, Request, Session
 from .cases import threads
 from .contest import Contest, first_line, runnable
@@ -227,6 +227,7 @@ class Bench(Contest):
             row |= step.timed(int(repeats))
             row["status"] = "ok"
             row |= step.told_apart() if step.contestant.method else {}
+            row["profile"] = step.profiled() if self.config.profile else None
         except Absent as reason:
             row["status"] = f"absent: {reason}"
         except Exception as error:  # out of memory, or whatever a package of others raises, is a reason
@@ -372,6 +373,14 @@ class Step:
             "parts_ms": {**found, "rest": rest}, "sparsity_achieved": meter.sparsity()[0],
             "density_effective": meter.density()[0],
         }  # fmt: skip
+
+    def profiled(self) -> dict[str, Any]:
+        """What computes a step, by kind of kernel (see `profiled.by_kind`), and the ms of that very step."""
+        times: list[Timing] = []
+        found = profiled.by_kind(
+            lambda: times.append(self.once(self.session(Timer(self.model.device)))), self.model.device
+        )
+        return {"step_ms": times[0].step_ms[0], **found}
 
     def generation(self, dense_steps: float) -> dict[str, Any]:
         """Seconds of a whole generation: its steps, and the decoding of what they made by a random VAE, the second time

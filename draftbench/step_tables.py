@@ -13,6 +13,10 @@ from .tabular import Column, Page, Table, canvas, check_alike, commits, made_by,
 Row = dict[str, Any]
 SAME = ("device", "versions")
 MODES = {False: "not compiled", True: "compiled"}
+PROFILE = {
+    "matmul_ms": "matrix products", "attention_ms": "attention with its estimate and order",
+    "fused_ms": "fused between them", "other_ms": "other",
+}  # fmt: skip
 COLOURS = {"kernel": "C0", "estimation and order": "C1", "rest": "C7"}
 
 
@@ -106,6 +110,19 @@ def _case(rows: Sequence[Row]) -> list[Table | str]:
         columns = {name: columns[name] for name in ("contestant", "sparsity", "dense layers", "")}
         columns |= {f"{name}, s": f"{{{name}:.3g}}" for name in COLOURS}
         found.append(Table(f"{case}_parts", columns, parts, "", "Parts of a step:"))
+    seen = [row for row in steps if row["profile"]]
+    if seen:
+        kinds = [
+            {name: row[name] for name in ("contestant", "sparsity", "dense_layers", "compiled")}
+            | {name: row["profile"][name] / 1000 for name in (*PROFILE, "step_ms")}
+            | {"tflops": 1000 * row["profile"]["matmul_tflop"] / (row["profile"]["matmul_ms"] or float("nan"))}
+            for row in seen
+        ]
+        columns = {name: columns[name] for name in ("contestant", "sparsity", "dense layers", "")}
+        columns |= {f"{what}, s": f"{{{name}:.3g}}" for name, what in PROFILE.items()}
+        columns |= {"step, s": "{step_ms:.3g}", "TFLOP/s of the matrix products": "{tflops:.0f}"}
+        note = "What computes a step, by the time of its kernels, in one step under PyTorch's profiler:"
+        found.append(Table(f"{case}_profile", columns, kinds, "", note))
     generations = [row for row in rows if row["generate_s"] is not None]
     if generations:
         columns = {

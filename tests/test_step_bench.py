@@ -49,8 +49,9 @@ def run(tmp_path_factory):
         patch.setattr(torch._dynamo, "reset", lambda: None)  # for the counters
         methods = "bench.methods=[sdpa,fa4,stock,svg,draft]"
         code = bench.main(
-            [*TINY, methods, "bench.generation=true", "bench.text_encoders=true", f"hydra.run.dir={folder}"]
-        )
+            [*TINY, methods, "bench.generation=true", "bench.text_encoders=true", "bench.profile=true",
+             f"hydra.run.dir={folder}"]
+        )  # fmt: skip
     found = dict(code=code, folder=folder, graphs=graphs, counters={name: dict(n) for name, n in counters.items()})
     torch._dynamo.reset()
     return found | {"rows": records.read_all([folder])}
@@ -115,6 +116,18 @@ def test_parts(rows):
         dense = one(rows, "sdpa", compiled)
         assert sum(dense["parts_ms"].values()) == pytest.approx(dense["ms"]["p50"], abs=1e-3)
     assert one(rows, "stock")["parts_ms"] is None
+
+
+def test_the_profile_tells_products_from_attention(rows):
+    for compiled in (False, True):
+        dense, sparse, stock = (one(rows, name, compiled)["profile"] for name in ("sdpa", "draft", "stock"))
+        assert dense["matmul_tflop"] == sparse["matmul_tflop"] > 0  # attention's own are not among them
+        assert dense["attention_ms"] > 0 and sparse["attention_ms"] > 0 and stock["attention_ms"] == 0
+        for found in (dense, sparse, stock):
+            kinds = sum(found[f"{kind}_ms"] for kind in ("matmul", "attention", "fused", "other"))
+            assert found["matmul_ms"] > 0 and found["other_ms"] > 0
+            assert sum(ms for *_, ms in found["kernels"]) <= kinds + 1e-6
+    assert "matrix products, s" in step_tables.page(rows, "tiny").markdown()
 
 
 def test_generations_are_composed_or_measured(rows):
