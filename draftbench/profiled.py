@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -11,50 +11,41 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 MATMUL = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
-# Matrix products outside of attention; the attention operators, all that they launch; the kernels that torch.compile
-# made of what lies between; and the rest, such as what a block that is not compiled calls one by one.
-KINDS = ("matmul", "attention", "fused", "other")
 
 
-def by_kind(run: Callable[[], Any], device: torch.device, top: int = 24) -> dict[str, Any]:
-    """Milliseconds of the device (on a CPU of its operators) in each of `KINDS` while `run` runs, once.
+def kernels(run: Callable[[], Any], device: torch.device, most: int = 24) -> dict[str, Any]:
+    """What the device did while `run` ran, once; on a CPU its operators stand for kernels.
 
-    Also matmul_tflop, the 10^12 floating-point operations of the matrix products, and kernels, the `top` kernels by
-    their time: [name, calls, ms]. What the device does while nothing is launched on it is in none of them.
+    Returns matmul_ms and matmul_tflop, the milliseconds of the matrix products outside of attention and their 10^12
+    floating-point operations; fused_ms, those of the kernels that torch.compile made of what lies between; and kernels,
+    [name, calls, ms] of the `most` that took longest.
     """
     cuda = device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with profile(activities=activities, record_shapes=True, with_flops=True) as found:
+    kind, activity = (DeviceType.CUDA, ProfilerActivity.CUDA) if cuda else (DeviceType.CPU, ProfilerActivity.CPU)
+    with profile(activities={ProfilerActivity.CPU, activity}, record_shapes=True, with_flops=True) as found:
         run()
         if cuda:
             torch.cuda.synchronize(device)
-    spent, flops = dict.fromkeys(KINDS, 0.0), 0
-    kernels: dict[str, list[float]] = {}
+    spent: dict[str, list[float]] = defaultdict(list)
+    matmul = flops = 0.0
     for event in found.events():
-        own = event.device_type == (DeviceType.CUDA if cuda else DeviceType.CPU)
-        if own:
-            times = kernels.setdefault(event.name, [])
-            times.append(event.device_time if cuda else event.self_cpu_time_total)
-        if event.device_type != DeviceType.CPU:
-            continue
-        kind = _kind(event)
-        spent[kind] += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1000
-        flops += (event.flops or 0) if kind == "matmul" else 0
-    whole = {name: sum(times) / 1000 for name, times in kernels.items()}
-    spent["other"] += sum(whole.values()) - sum(spent.values())  # launched outside of any operator
-    longest = Counter(whole).most_common(top)
-    return {f"{kind}_ms": ms for kind, ms in spent.items()} | {
-        "matmul_tflop": flops / 1e12, "kernels": [[name, len(kernels[name]), ms] for name, ms in longest],
+        if event.device_type == DeviceType.CPU and event.name in MATMUL and not _in_attention(event):
+            matmul += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1000
+            flops += event.flops or 0
+        if event.device_type == kind and not event.is_user_annotation:  # which spans others
+            spent[event.name].append((event.device_time if cuda else event.self_cpu_time_total) / 1000)
+    longest = sorted(spent, key=lambda name: -sum(spent[name]))[:most]
+    return {
+        "matmul_ms": matmul, "matmul_tflop": flops / 1e12,
+        "fused_ms": sum(sum(times) for name, times in spent.items() if name.startswith("triton_")),
+        "kernels": [[name, len(spent[name]), sum(spent[name])] for name in longest],
     }  # fmt: skip
 
 
-def _kind(event: Any) -> str:
-    """Which of `KINDS` an operator's own time belongs to: attention's if it runs within it."""
-    outer = event
-    while outer is not None:
-        if outer.name.startswith("draftbench::attend"):
-            return "attention"
-        outer = outer.cpu_parent
-    if event.name in MATMUL:
-        return "matmul"
-    return "fused" if event.name.startswith("triton_") else "other"
+def _in_attention(event: Any) -> bool:
+    """Whether an operator runs within one of attention."""
+    while event is not None:
+        if event.name.startswith("draftbench::attend"):
+            return True
+        event = event.cpu_parent
+    return False

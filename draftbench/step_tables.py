@@ -15,7 +15,7 @@ SAME = ("device", "versions")
 MODES = {False: "not compiled", True: "compiled"}
 PROFILE = {
     "matmul_ms": "matrix products", "attention_ms": "attention with its estimate and order",
-    "fused_ms": "fused between them", "other_ms": "other",
+    "fused_ms": "fused between them", "other_ms": "the rest",
 }  # fmt: skip
 COLOURS = {"kernel": "C0", "estimation and order": "C1", "rest": "C7"}
 
@@ -114,14 +114,16 @@ def _case(rows: Sequence[Row]) -> list[Table | str]:
     if seen:
         kinds = [
             {name: row[name] for name in ("contestant", "sparsity", "dense_layers", "compiled")}
-            | {name: row["profile"][name] / 1000 for name in (*PROFILE, "step_ms")}
+            | {name: ms and ms / 1000 for name in (*PROFILE, "step_ms") for ms in [row["profile"][name]]}
             | {"tflops": 1000 * row["profile"]["matmul_tflop"] / (row["profile"]["matmul_ms"] or float("nan"))}
             for row in seen
         ]
         columns = {name: columns[name] for name in ("contestant", "sparsity", "dense layers", "")}
         columns |= {f"{what}, s": f"{{{name}:.3g}}" for name, what in PROFILE.items()}
         columns |= {"step, s": "{step_ms:.3g}", "TFLOP/s of the matrix products": "{tflops:.0f}"}
-        note = "What computes a step, by the time of its kernels, in one step under PyTorch's profiler:"
+        note = (
+            "What computes a step, in one under PyTorch's profiler; fused: what torch.compile made of all between them:"
+        )
         found.append(Table(f"{case}_profile", columns, kinds, "", note))
     generations = [row for row in rows if row["generate_s"] is not None]
     if generations:

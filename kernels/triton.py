@@ -121,12 +121,9 @@ def _shared(x: Tensor) -> tuple[int, int]:
     return (x.stride(0) if len(x) > 1 else 0, x.stride(1) if x.shape[1] > 1 else 0)
 
 
-# (Keys of a tile, warps, stages, registers at most), of which the fastest is kept for a shape, on disk too. With 128
-# registers two programs of 8 warps share a processor, and the one's softmax runs beside the other's products.
-CONFIGS = (
-    (128, 8, 2, None), (128, 8, 3, None), (128, 4, 2, None), (64, 4, 2, None), (64, 4, 3, None), (64, 8, 3, None),
-    (64, 8, 2, 128),
-)  # fmt: skip
+# (Keys of a tile, warps, stages), of which the fastest is kept for a shape, on disk too. A look-up in the list comes
+# before each fetch, so 3 stages fetch one tile ahead, 5 two and 7 three; 32 keys are for a GPU of little shared memory.
+CONFIGS = ((128, 8, 5), (128, 8, 3), (64, 8, 5), (64, 8, 7), (64, 8, 3), (64, 4, 5), (64, 4, 3), (32, 4, 3))
 
 
 @functools.cache
@@ -134,10 +131,7 @@ def _tuned(half: bool, kv_block: int) -> Any:
     """The forward kernel with its launch parameters still to choose; float32 takes tiles of at most 32 keys."""
     widest = max(16, min(128 if half else 32, kv_block))
     tried = dict.fromkeys((min(n, widest), *others) for n, *others in CONFIGS)
-    configs = [
-        triton.Config({"N": n}, num_warps=warps, num_stages=stages, maxnreg=registers)
-        for n, warps, stages, registers in tried
-    ]
+    configs = [triton.Config({"N": n}, num_warps=warps, num_stages=stages) for n, warps, stages in tried]
     if INTERPRETED:  # whose autotuner takes one only
         configs = configs[:1]
     return triton.autotune(configs, key=["D", "M", "KV_BLOCK"], cache_results=not INTERPRETED)(_forward)
@@ -179,7 +173,8 @@ def _walk(
     """
     TILES: tl.constexpr = (BLOCK + N - 1) // N
     MASKED: tl.constexpr = not WHOLE or BLOCK % N != 0
-    for j in range(first * TILES, last * TILES):
+    # Three look-ups come before each fetch of another block: over 3 stages would take the shared memory of whole ones.
+    for j in tl.range(first * TILES, last * TILES, num_stages=None if WHOLE else 3):
         start = tl.load(blocks + j // TILES)
         end = start + BLOCK
         if not WHOLE:
