@@ -274,6 +274,14 @@ class DenseParts:
     timestep: float | None = None
     layers: int = 0
 
+    def check(self, layers: int, steps: int) -> None:
+        """Raise ValueError unless some of a model's layers and steps are left for a method."""
+        if self.layers >= layers:
+            allowed = f"an integer from 0 to {layers - 1}, below the model's layers"
+            raise hints.wrong("dense.layers", allowed, self.layers)
+        if self.covers(steps - 1, steps, -math.inf, self.layers):
+            raise ValueError(f"dense.steps={self.steps:g} of model.steps={steps} leaves no step for the method")
+
     def covers(self, step: int, steps: int, timestep: float, layer: int) -> bool:
         """Whether this call stays dense."""
         early = step < math.ceil(self.steps * steps - 1e-9)

@@ -128,6 +128,7 @@ def calibrate(config: DictConfig, sparsities: Sequence[float]) -> Path:
         raise ValueError(f"method.{method.knob} must be null to be calibrated, got {getattr(method, method.knob)}")
     model = schema.check_job(config)
     parts = schema.parts(config)
+    parts.check(model.layers, model.steps)
     cells = [(prompt, int(seed)) for prompt in config.prompts for seed in config.seeds]
     executor = kernels.run(kernels.resolve(config.executor, model.device))
     entry: dict[str, Any] = {

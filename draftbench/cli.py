@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import os
 import re
 import sys
@@ -235,17 +234,17 @@ def _check_models(configs: list[DictConfig]) -> None:
     """
     from .knob import Uncalibrated  # imports torch
 
-    keys = ["model", "prompts", "device", "executor", "metrics", "lpips_net"]
+    keys = ["model", "prompts", "device", "executor", "metrics", "lpips_net", "diagnostics", "maps"]
     distinct = {OmegaConf.to_yaml(OmegaConf.masked_copy(config, keys), resolve=True): config for config in configs}
     models = {key: schema.check_job(config) for key, config in distinct.items()}
     lacking: dict[str, ValueError] = {}
     for config in configs:
         key = OmegaConf.to_yaml(OmegaConf.masked_copy(config, keys), resolve=True)
         try:
-            method, parts, steps = schema.method(config), schema.parts(config), models[key].steps
-            if method.sparse and all(parts.covers(step, steps, -math.inf, parts.layers) for step in range(steps)):
-                raise ValueError(f"dense.steps={parts.steps:g} of model.steps={steps} leaves no step for the method")
-            method.meet(models[key], parts)
+            method, parts, model = schema.method(config), schema.parts(config), models[key]
+            if method.sparse:
+                parts.check(model.layers, model.steps)
+            method.meet(model, parts)
         except Uncalibrated as error:
             first = lacking.setdefault(error.reason, error)
             if isinstance(first, Uncalibrated):

@@ -37,9 +37,7 @@ class Maps:
 
 
 def maps(q: Tensor, k: Tensor, plan: Plan, call: Call, box: Box, head: int) -> Maps:
-    """The maps of the first item of a call; q, k [B, S, H, D]. Raises ValueError for a head that there is not."""
-    if head >= q.shape[2]:
-        raise ValueError(f"maps.head must be below {q.shape[2]}, the model's heads, got {head}")
+    """The maps of the first item of a call; q, k [B, S, H, D], head one of H."""
     one_q, one_k = q[:1, :, head : head + 1], k[:1, :, head : head + 1]
     estimate = draft_map(*(pool(x, box, call.layout.grid) for x in (one_q, one_k)))[0, 0]
     sizes = box_sizes(box, call.layout.grid, q.device)

@@ -247,8 +247,12 @@ def check_job(config: DictConfig) -> Model:
         raise ImportError("diagnostics=true draws with matplotlib: pip install 'draftbench[figures]'")
     made = model(config)
     made.check(list(config.prompts))
-    if config.diagnostics and (step := config.maps.step) is not None and step >= made.steps:
-        raise ValueError(f"maps.step must be null or below model.steps={made.steps}, got {step}")
+    if config.diagnostics:
+        for name, count in (("step", made.steps), ("layer", made.layers), ("head", made.heads)):
+            if (value := config.maps[name]) is not None and value >= count:
+                or_null = "null or " if name != "head" else ""
+                allowed = f"{or_null}an integer from 0 to {count - 1}, of the model's {count} {name}s"
+                raise hints.wrong(f"maps.{name}", allowed, value)
     resolve(config.executor, made.device)
     return made
 

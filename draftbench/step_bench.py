@@ -32,7 +32,7 @@ from tqdm import tqdm
 from draftbench.kernels import dense as dense_kernel
 from draftbench.kernels import resolve, run
 
-from . import parts, profiled, records, schema
+from . import hints, parts, profiled, records, schema
 from .attention import DenseParts, Meter, Method, Plan, Request, Session
 from .cases import threads
 from .contest import Contest, first_line, runnable
@@ -115,6 +115,8 @@ def plan(config: DictConfig) -> Jobs:
         layers = (0, case.layers) if config.layers is None else config.layers
         dense = [Contestant(one) for one in dense_kernel.KERNELS if one in config.methods]
         rest, model = [], schema.model(case.config())
+        if (most := max(layers)) >= model.layers:
+            raise hints.wrong("bench.layers", f"integers below {model.layers}, the layers of {name}", most)
         for method in config.methods:
             if method == "stock":
                 rest.append(Contestant(method))

@@ -141,6 +141,13 @@ def test_what_no_calibration_can_meet_is_said_to_be_out_of_reach(configured, tmp
             attempt()
 
 
+@pytest.mark.parametrize("everything", ["dense.steps=1", "dense.layers=2"])
+def test_calibration_needs_a_call_that_is_not_dense(knobbed, monkeypatch, everything):
+    monkeypatch.setattr(calibrate, "Session", None)
+    with pytest.raises(ValueError, match=rf"^{everything[:10]}"):
+        calibrate.calibrate(knobbed(everything), [0.5])
+
+
 def test_a_searchs_losses_are_the_relative_errors_of_the_heads(configured, tmp_path):
     """Against dense attention by hand, of one option, the mean over the calls of a step and a layer."""
     layout, lengths = Layout((4, 3, 4), 3), torch.tensor([3, 2])

@@ -55,7 +55,7 @@ def jobs(monkeypatch, tmp_path):
     fake.job = spy
     monkeypatch.setitem(sys.modules, "draftbench.run", fake)
     monkeypatch.setattr(draftbench, "run", fake, raising=False)
-    monkeypatch.setattr(schema, "check_job", lambda config: SimpleNamespace(grid=(8, 16, 24), steps=8))
+    monkeypatch.setattr(schema, "check_job", lambda config: SimpleNamespace(grid=(8, 16, 24), layers=6, steps=8))
     return seen
 
 
@@ -289,6 +289,8 @@ BAD = [
     (["-m", "hydra.sweep.subdir=x", "seeds=0,1"], "hydra.sweep.subdir must differ from job to job, got 'x'"),
     (["--foo"], "unrecognized arguments: --foo"),
     (["dense.steps=1"], "dense.steps=1 of model.steps=8 leaves no step for the method"),
+    (["dense.steps=0.9"], "dense.steps=0.9 of model.steps=8 leaves no step for the method"),
+    (["dense.layers=6"], "dense.layers must be an integer from 0 to 5, below the model's layers, got 6"),
     (["hydra.run.dir="], "hydra.run.dir must be a folder, got ''"),
     (["--config-dir", "nowhere"], "--config-dir must be a folder, got nowhere"),
     (["--config-path", "x"], "--config-path is not supported"),
@@ -309,6 +311,13 @@ def test_every_job_is_checked_before_the_first_runs(jobs, capsys):
     assert not jobs
 
 
+def test_maps_are_judged_in_every_job_of_a_sweep(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^maps.layer must be null or an integer from 0 to 5, .* got 6$"):
+        planned("-m", "diagnostics=true", "maps.layer=0,6,1")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_traceback_comes_when_asked_for(jobs, capsys):
     assert cli.main(["sparsity=abc", "debug=true"]) == 2
     error = capsys.readouterr().err
@@ -320,7 +329,7 @@ def test_a_model_is_asked_once_for_each_config_of_its_own(jobs, capsys, monkeypa
 
     def note(config):
         asked.append((config.model.name, *config.prompts))
-        return SimpleNamespace(grid=(8, 16, 24), steps=8)
+        return SimpleNamespace(grid=(8, 16, 24), layers=6, steps=8)
 
     monkeypatch.setattr(schema, "check_job", note)
     argv = ["-m", "method=dense,draft", "prompts=turn left,walk forward", "tracking=disabled"]

@@ -126,11 +126,6 @@ def test_kept_pairs_of_any_order_add_up_to_what_was_executed(method):
     assert float(pairs) == pytest.approx(float(count_pairs(plan, LAYOUT)[1]))
 
 
-def test_a_head_that_there_is_not():
-    with pytest.raises(ValueError, match=r"maps\.head must be below 3, the model's heads, got 3"):
-        heatmaps.maps(*(torch.zeros(1, LAYOUT.length, 3, 16),) * 2, None, None, BOX, 3)
-
-
 def test_pictures(tmp_path):
     """What looks nowhere is dark, what is kept is not; and a picture says which call it is of."""
     pytest.importorskip("matplotlib")

@@ -371,7 +371,7 @@ def test_generates_clips_from_disk(family, models):
     expected = model.pipe(**model.arguments(batch(SHORT, LONGER)), output_type="np").frames
     difference = clips.float() - torch.from_numpy(expected * 255).round().permute(0, 1, 4, 2, 3)
     assert difference.abs().max() <= 1
-    assert model.grid == FAMILIES[family].grid
+    assert (model.grid, model.layers, model.heads) == (FAMILIES[family].grid, FAMILIES[family].layers, 2)
 
 
 @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.same])
@@ -621,6 +621,8 @@ def test_random_weights_have_the_true_size(name):
         network = getattr(diffusers, model.hook.transformer)(**model.architecture)
     count = sum(weight.numel() for weight in network.parameters())
     assert count / 1e9 == pytest.approx(SIZES[name][0], rel=0.01) and model.grid == SIZES[name][1]
+    blocks = model.hook.blocks(network)
+    assert (model.layers, model.heads) == (len(blocks), getattr(blocks[0], model.hook.attention).heads)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

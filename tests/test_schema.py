@@ -198,8 +198,16 @@ def test_check_job_looks_at_device_executor_and_lpips_weights(fake, monkeypatch,
     schema.check_job(fake(lpips_net="vgg", metrics=["psnr_db"]))
 
 
-def test_maps_of_a_step_that_is_never_made_are_refused_before_work(default):
-    change = {"diagnostics": True, "maps.step": default.model.steps, "device": "cpu"}
-    with pytest.raises(ValueError, match=rf"^maps.step must be null or below model.steps={default.model.steps}, got "):
+@pytest.mark.parametrize(
+    ("key", "count", "allowed"),
+    [
+        ("step", 8, "null or an integer from 0 to 7, of the model's 8 steps"),
+        ("layer", 6, "null or an integer from 0 to 5, of the model's 6 layers"),
+        ("head", 6, "an integer from 0 to 5, of the model's 6 heads"),
+    ],
+)
+def test_maps_of_a_call_that_is_never_made_are_refused_before_work(default, key, count, allowed):
+    change = {"diagnostics": True, f"maps.{key}": count, "device": "cpu"}
+    with pytest.raises(ValueError, match=rf"^maps.{key} must be {allowed}, got {count}$"):
         schema.check_job(changed(default, change))
-    schema.check_job(changed(default, change | {"maps.step": default.model.steps - 1}))
+    schema.check_job(changed(default, change | {f"maps.{key}": count - 1}))

@@ -260,6 +260,7 @@ def test_stock_and_dense_compute_the_same(one_thread, monkeypatch):
         ("bench.sparsities=[1.0]", "bench.sparsities must be null or distinct numbers in [0, 1), got 1.0"),
         ("bench.sparsities=[]", "bench.sparsities must be null or distinct numbers in [0, 1), got []"),
         ("bench.layers=[-1]", "bench.layers must be null or distinct integers of at least 0, got -1"),
+        ("bench.layers=[0,5]", "bench.layers must be integers below 5, the layers of tiny, got 5"),
         ("bench.compile=[1]", "bench.compile must be a list of true or false, each once, got 1"),
         ("bench.methods=[foo]", "bench.methods must be of stock, "),
         ("bench.repeats=0", "bench.repeats must be an integer of at least 1, got 0"),

@@ -14,8 +14,9 @@ class Model(Protocol):
     """What a benchmark asks of a model.
 
     name: as in conf/model; weights_hash: SHA-256 of the weights, hexadecimal; device: where it runs; dtype: of its
-    attention, as torch names it; grid: the token grid (T, H, W); steps: the sampler's steps if a request names none;
-    switches: the steps from which another of its networks runs, () of one network; fps: frames a second of the videos.
+    attention, as torch names it; grid: the token grid (T, H, W); layers: its self-attentions; heads: of each;
+    steps: the sampler's steps if a request names none; switches: the steps from which another of its networks runs, ()
+    of one network; fps: frames a second of the videos.
     One whose clips can't be judged says why as `no_quality`; its clips have no frames.
     """
 
@@ -24,6 +25,8 @@ class Model(Protocol):
     device: torch.device
     dtype: str
     grid: tuple[int, int, int]
+    layers: int
+    heads: int
     steps: int
     switches: tuple[int, ...]
     fps: int

@@ -94,6 +94,11 @@ class HunyuanVideo(Pipeline):
         super().__post_init__()
 
     @property
+    def layers(self) -> int:
+        """See `Pipeline.layers`: double-stream, then single-stream."""
+        return super().layers + int(self.sizes["num_single_layers"])
+
+    @property
     def rest_dtypes(self) -> dict[str, str]:
         """See `Pipeline.rest_dtypes`."""
         if self.dtype == "float32":

@@ -113,6 +113,18 @@ class Pipeline:
         return transformer.get("patch_size_t") or 1, size, size
 
     @property
+    def layers(self) -> int:
+        """See `draftbench.models.Model`."""
+        count: int = self.sizes["num_layers"]
+        return count
+
+    @property
+    def heads(self) -> int:
+        """See `draftbench.models.Model`."""
+        count: int = self.sizes["num_attention_heads"]
+        return count
+
+    @property
     def switches(self) -> tuple[int, ...]:
         """See `draftbench.models.Model`; read off configs alone."""
         return ()
@@ -133,6 +145,15 @@ class Pipeline:
         raise NotImplementedError
 
     # What they share.
+
+    @cached_property
+    def sizes(self) -> dict[str, Any]:
+        """The transformer's config: the checkpoint's, or that of random weights, over diffusers' defaults."""
+        import diffusers
+
+        kind = getattr(diffusers, self.hook.transformer)
+        given = self.architecture if self.weights else checkpoint.read(self.folder, "transformer/config.json")
+        return {name: p.default for name, p in inspect.signature(kind.__init__).parameters.items()} | given
 
     @cached_property
     def pipe(self) -> Any:

@@ -58,7 +58,17 @@ class Pocket:
         if self.dtype == "auto":
             self.dtype = "bfloat16" if self.device.type == "cuda" else "float32"
         self.path = Path(self.weights).expanduser() if self.weights else WEIGHTS / "pocket.safetensors"
-        check_weights(self.path)
+        self.sizes = check_weights(self.path)
+
+    @property
+    def layers(self) -> int:
+        """See `Model.layers`."""
+        return self.sizes.depth
+
+    @property
+    def heads(self) -> int:
+        """See `Model.heads`."""
+        return self.sizes.heads
 
     @property
     def grid(self) -> tuple[int, int, int]:
