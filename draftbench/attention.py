@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -267,20 +267,24 @@ class DenseParts:
     """Which steps and layers stay dense, the same for every method.
 
     steps: share of the steps from the first, rounded up; timestep: also dense while the scheduler's timestep is above
-    it; layers: number of layers from the first.
+    it; layers: number of layers from the first. Raises ValueError for a value that is not what its hint allows.
     """
 
-    steps: float = 0.25
-    timestep: float | None = None
-    layers: int = 0
+    steps: hints.Share = 0.25
+    timestep: Annotated[float | None, "null or a number of at least 0", lambda x: x >= 0] = None
+    layers: Annotated[int, "an integer of at least 0", lambda x: x >= 0] = 0
 
-    def check(self, layers: int, steps: int) -> None:
-        """Raise ValueError unless some of a model's layers and steps are left for a method."""
+    def __post_init__(self) -> None:
+        hints.check(self, "dense.")
+
+    def check(self, layers: int, steps: int | None = None) -> None:
+        """Raise ValueError unless some of a model's layers and steps (None: not known) are left for a method."""
         if self.layers >= layers:
             allowed = f"an integer from 0 to {layers - 1}, below the model's layers"
             raise hints.wrong("dense.layers", allowed, self.layers)
-        if self.covers(steps - 1, steps, -math.inf, self.layers):
-            raise ValueError(f"dense.steps={self.steps:g} of model.steps={steps} leaves no step for the method")
+        if self.steps == 1 or (steps and self.covers(steps - 1, steps, -math.inf, self.layers)):
+            most = f"at most {steps - 1}/{steps}" if steps else "below 1"
+            raise hints.wrong("dense.steps", f"{most}, to leave the method a step", self.steps)
 
     def covers(self, step: int, steps: int, timestep: float, layer: int) -> bool:
         """Whether this call stays dense."""

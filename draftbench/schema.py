@@ -16,22 +16,13 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from . import hints
-from .hints import Count, Region, Share, Switch, Text, Tile
+from .hints import Count, Region, Switch, Text, Tile
 from .prompts import expand
 from .tracking import Mode
 
 if TYPE_CHECKING:
     from .attention import DenseParts, Method
     from .models import Model
-
-
-@dataclasses.dataclass
-class Dense:
-    """What stays dense."""
-
-    steps: Share
-    timestep: Annotated[float | None, "null or a number of at least 0", lambda x: x is None or x >= 0]
-    layers: Annotated[int, "an integer of at least 0", lambda x: x >= 0]
 
 
 @dataclasses.dataclass
@@ -87,7 +78,7 @@ class Shape:
 
 @dataclasses.dataclass
 class Config:
-    """The root of a job's config; model and method hold the arguments of their own classes."""
+    """The root of a job's config; dense, model and method hold the arguments of their own classes."""
 
     sparsity: Annotated[float, "a number in [0, 1)", lambda x: 0 <= x < 1]
     prompts: Annotated[list[str], "a non-empty list of distinct, non-empty texts", str.strip]
@@ -95,7 +86,7 @@ class Config:
     batch: Count
     device: Literal["auto", "cpu", "cuda"]
     executor: Text
-    dense: Dense
+    dense: Mapping[str, Any]
     metrics: list[Literal["psnr_db", "ssim", "lpips"]]
     lpips_net: Literal["alex", "vgg"]
     latency: Latency
@@ -202,6 +193,9 @@ def check(config: DictConfig) -> None:
         if name in config and not isinstance(item := _value(config, name), list | None):
             config[name] = expand(item) if name == "prompts" and isinstance(item, str) else [item]
     _fields(config, Config, "")
+    from .attention import DenseParts  # imports torch
+
+    _fields(config.dense, DenseParts, "dense.")
     if config.executor != "auto":
         from .kernels import NAMES  # imports torch
 

@@ -230,6 +230,20 @@ def test_a_wrong_setting_is_named_before_any_work(name, setting, allowed):
         getattr(importlib.import_module(module), kind)(**setting)
 
 
+@pytest.mark.parametrize(
+    "wrong, allowed",
+    [
+        ({"steps": 1.5}, "a number in [0, 1]"), ({"steps": "0.5"}, "a number in [0, 1]"),
+        ({"timestep": -1}, "null or a number of at least 0"), ({"layers": 0.5}, "an integer of at least 0"),
+        ({"layers": -1}, "an integer of at least 0"),
+    ],
+)  # fmt: skip
+def test_what_stays_dense_is_judged_when_it_is_made(wrong, allowed):
+    (key,) = wrong
+    with pytest.raises(ValueError, match=re.escape(f"dense.{key} must be {allowed}, got {wrong[key]!r}")):
+        DenseParts(**wrong)
+
+
 def met(method, grid):
     """The method once it has met a model of a grid."""
     method = replace(method)

@@ -755,6 +755,11 @@ def test_accelerate_names_what_it_cannot_take(model, monkeypatch):
         ({"method": Dense}, r"method must be the name of one, or one made as .*, got <class '.*Dense'>"),
         ({"sparsity": "0.5"}, r"sparsity must be a number in \[0, 1\), got '0.5'"),
         ({"dense": 0.25}, r"dense must be a draftbench.attention.DenseParts or None, got 0.25"),
+        ({"dense": DenseParts(1)}, r"dense.steps must be below 1, to leave the method a step, got 1"),
+        (
+            {"dense": DenseParts(layers=4)},
+            r"dense.layers must be an integer from 0 to 3, below the model's layers, got 4",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             draftbench.accelerate(model.pipe, **wrong).__enter__()

@@ -14,7 +14,7 @@ from draftbench.kernels import resolve, run
 
 from ..attention import DenseParts, Method, Session
 from ..knob import Calibrated, name
-from .hook import Hook
+from .hook import Hook, transformers
 
 # The class of a pipeline, and where its hook is; named here so that no family is imported for another.
 HOOKS = {
@@ -61,8 +61,11 @@ def accelerate(
             f"method={file!r} at sparsity={chosen.sparsity:g} needs a calibration, which one's own pipeline has not"
             f"{f'; give draftbench.methods.{file}.{own}' if chosen.givable else ''}"
         )
+    parts = dense or DenseParts()
+    if chosen.sparse:
+        parts.check(min(len(hook.blocks(network)) for network in transformers(pipe)))
     plans = run(resolve(executor, pipe._execution_device))
-    session = Session(chosen, plans, dense_kernel.run, dense or DenseParts())
+    session = Session(chosen, plans, dense_kernel.run, parts)
     with hook(pipe, session).patched():
         yield session
 
