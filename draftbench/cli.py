@@ -176,10 +176,11 @@ def plan(arguments: argparse.Namespace, overrides: list[str]) -> Jobs:
             for override in parsed:
                 _check_single(override)
             configs = [compose(overrides)]
+        slurm = mode == RunMode.MULTIRUN and str(first.hydra.launcher._target_).endswith(".SlurmLauncher")
         jobs = _place(configs, mode == RunMode.MULTIRUN)
         for config in jobs.configs:
             schema.check(config)
-    _check_models(jobs.configs)
+    _check_models(jobs.configs, here=not slurm)
     _claim(jobs)
     return jobs
 
@@ -227,7 +228,7 @@ def _place(configs: list[DictConfig], sweep: bool) -> Jobs:
     return Jobs(jobs, Path(roots[0]), key, bool(re.search(r"^dir:.*\$\{now:", raw, re.MULTILINE)), places)
 
 
-def _check_models(configs: list[DictConfig]) -> None:
+def _check_models(configs: list[DictConfig], here: bool) -> None:
     """`schema.check_job` once for each set of what it looks at; then each job's method meets its model.
 
     Raises an ExceptionGroup of ValueErrors for all methods that cannot, with all their sparsities.
@@ -236,7 +237,7 @@ def _check_models(configs: list[DictConfig]) -> None:
 
     keys = ["model", "prompts", "device", "executor", "metrics", "lpips_net", "diagnostics", "maps"]
     distinct = {OmegaConf.to_yaml(OmegaConf.masked_copy(config, keys), resolve=True): config for config in configs}
-    models = {key: schema.check_job(config) for key, config in distinct.items()}
+    models = {key: schema.check_job(config, here) for key, config in distinct.items()}
     lacking: dict[str, ValueError] = {}
     for config in configs:
         key = OmegaConf.to_yaml(OmegaConf.masked_copy(config, keys), resolve=True)

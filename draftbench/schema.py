@@ -223,11 +223,11 @@ def check_tables(config: DictConfig) -> None:
     _fields(OmegaConf.masked_copy(config, [str(name) for name in config if name != "paper"]), Tables, "")
 
 
-def check_job(config: DictConfig) -> Model:
+def check_job(config: DictConfig, here: bool = True) -> Model:
     """The model of a checked config, its weights not loaded; raises what it says of itself and of the prompts.
 
-    Also checks the device, the executor on it, that LPIPS has its weights and diagnostics matplotlib: ValueError,
-    RuntimeError, ImportError or FileNotFoundError, a line or two.
+    Also checks the device, the executor on it, that LPIPS has its weights and diagnostics matplotlib, and if the job
+    runs here its memory: ValueError, RuntimeError, ImportError or FileNotFoundError, a line or two.
     """
     from .environment import resolve_device
     from .kernels import resolve
@@ -248,6 +248,8 @@ def check_job(config: DictConfig) -> Model:
                 allowed = f"{or_null}an integer from 0 to {count - 1}, of the model's {count} {name}s"
                 raise hints.wrong(f"maps.{name}", allowed, value)
     resolve(config.executor, made.device)
+    if here:
+        made.check_memory()
     return made
 
 

@@ -55,7 +55,7 @@ def jobs(monkeypatch, tmp_path):
     fake.job = spy
     monkeypatch.setitem(sys.modules, "draftbench.run", fake)
     monkeypatch.setattr(draftbench, "run", fake, raising=False)
-    monkeypatch.setattr(schema, "check_job", lambda config: SimpleNamespace(grid=(8, 16, 24), layers=6, steps=8))
+    monkeypatch.setattr(schema, "check_job", lambda config, here: SimpleNamespace(grid=(8, 16, 24), layers=6, steps=8))
     return seen
 
 
@@ -327,7 +327,7 @@ def test_the_traceback_comes_when_asked_for(jobs, capsys):
 def test_a_model_is_asked_once_for_each_config_of_its_own(jobs, capsys, monkeypatch):
     asked = []
 
-    def note(config):
+    def note(config, here):
         asked.append((config.model.name, *config.prompts))
         return SimpleNamespace(grid=(8, 16, 24), layers=6, steps=8)
 
@@ -336,7 +336,7 @@ def test_a_model_is_asked_once_for_each_config_of_its_own(jobs, capsys, monkeypa
     assert cli.main(argv) == 0
     assert sorted(asked) == [("pocket", "turn left"), ("pocket", "walk forward")]
 
-    def refuse(config):
+    def refuse(config, here):
         raise FileNotFoundError(errno.ENOENT, "no such weights", "w.safetensors")
 
     monkeypatch.setattr(schema, "check_job", refuse)

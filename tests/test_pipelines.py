@@ -993,13 +993,20 @@ def test_a_second_guidance_needs_a_checkpoint_of_two_transformers(folders):
     assert made("wan22_a14b", folders("wan22_a14b"), guidance_2=3.0, boundary=None).guidance_2 == 3.0
 
 
-def test_random_weights_larger_than_memory_are_refused(monkeypatch):
+def test_random_weights_larger_than_memory_are_refused_before_work_and_told_once(monkeypatch, tmp_path, capsys):
+    """On the machine that is to run them: under Slurm that is another one."""
     import psutil
+
+    from draftbench.cli import main
 
     model = schema.model(configured("wan21_1_3b", weights="random"))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2 << 30))
     with pytest.raises(ValueError, match=r"device=cpu: its parameters are 2\.6 GiB, and 2\.0 GiB of memory are free"):
-        _ = model.pipe
+        model.check_memory()
+    given = ["model=wan21_1_3b", "model.weights=random", "device=cpu", f"hydra.run.dir={tmp_path / 'run'}"]
+    assert main(given) == 2 and not (tmp_path / "run").exists()
+    assert capsys.readouterr().err.count("does not fit device=cpu") == 1
+    schema.check_job(configured("wan21_1_3b", weights="random"), here=False)
 
 
 def test_prompts_must_not_be_empty(model):

@@ -30,7 +30,8 @@ def stand_in(monkeypatch, folder):
     (folder / "stand_in.py").write_text(JOB)
     (folder / "sitecustomize.py").write_text("import sys, stand_in\nsys.modules['draftbench.run'] = stand_in\n")
     monkeypatch.setenv("PYTHONPATH", str(folder))
-    monkeypatch.setattr(cli.schema, "check_job", lambda config: SimpleNamespace(grid=(8, 16, 24), layers=6, steps=8))
+    model = SimpleNamespace(grid=(8, 16, 24), layers=6, steps=8)
+    monkeypatch.setattr(cli.schema, "check_job", lambda config, here: model)
 
 
 def test_a_killed_job_ends_neither_the_others_nor_the_wait(monkeypatch, tmp_path, capsys):

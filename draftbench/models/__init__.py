@@ -35,6 +35,10 @@ class Model(Protocol):
         """Raise ValueError, naming the prompt and what is allowed, for one that the model cannot take."""
         ...
 
+    def check_memory(self) -> None:
+        """Raise ValueError, with both numbers, if what surely has to be held is more than this machine has."""
+        ...
+
     def generate(self, request: Request, session: Session, last_step: int | None = None) -> Tensor:
         """Clips uint8 RGB [B, T, 3, h, w] on the CPU, one a prompt and seed of the request.
 

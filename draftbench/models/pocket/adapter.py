@@ -101,6 +101,9 @@ class Pocket:
             except ValueError as error:
                 raise ValueError(f"prompts: {prompt!r}: {error}") from error
 
+    def check_memory(self) -> None:
+        """See `Model.check_memory`; a GPU says so by itself."""
+
     def settings(self) -> dict[str, Any]:
         """Everything but weights, prompts, seeds and steps that shapes the frames."""
         names = ("frames", "height", "width", "shift", "guidance", "dtype", "compile")
