@@ -10,6 +10,7 @@ import argparse
 import itertools
 import os
 import re
+import shutil
 import sys
 import traceback
 from collections import Counter
@@ -177,6 +178,9 @@ def plan(arguments: argparse.Namespace, overrides: list[str]) -> Jobs:
                 _check_single(override)
             configs = [compose(overrides)]
         slurm = mode == RunMode.MULTIRUN and str(first.hydra.launcher._target_).endswith(".SlurmLauncher")
+        if slurm and not shutil.which("sbatch"):
+            others = "launcher=submitit_local and launcher=joblib work without it"
+            raise ValueError(f"launcher=submitit_slurm needs Slurm, whose sbatch is not on PATH here; {others}")
         jobs = _place(configs, mode == RunMode.MULTIRUN)
         for config in jobs.configs:
             schema.check(config)

@@ -485,6 +485,19 @@ def test_a_launcher_without_its_plugin_is_refused(jobs, capsys, monkeypatch):
     assert error == "launcher=submitit_slurm needs its plugin: pip install 'draftbench[submitit]'" and not jobs
 
 
+def test_slurm_where_there_is_none_is_refused(jobs, capsys, monkeypatch, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    argv = ["launcher=submitit_slurm", "tracking=disabled", "hydra.sweep.dir=out", "hydra.run.dir=one"]
+    error = fails(capsys, ["-m", "sparsity=0.5,0.9", *argv])
+    assert error == (
+        "launcher=submitit_slurm needs Slurm, whose sbatch is not on PATH here; launcher=submitit_local and "
+        "launcher=joblib work without it"
+    )
+    assert not jobs and not Path("out").exists()
+    assert cli.main(["sparsity=0.5", *argv]) == 0  # one job, which no launcher starts
+
+
 @pytest.mark.parametrize("launcher", ["launcher", "+launcher", "hydra/launcher"])
 def test_slurms_config_is_one_that_its_launcher_takes_in_every_spelling(launcher):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
