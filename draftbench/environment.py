@@ -58,6 +58,11 @@ def describe(device: torch.device) -> dict[str, Any]:
     return {"device": name, "versions": versions, **made}
 
 
+def memory() -> int:
+    """Bytes of this machine's main memory, taken or not."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def resolve_device(name: str) -> torch.device:
     """The device that `name` ("auto", "cpu" or "cuda") stands for; ValueError for another name or a missing GPU."""
     import torch

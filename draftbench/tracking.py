@@ -38,11 +38,8 @@ class Tracker:
 
     def __enter__(self) -> Self:
         if self.mode != "disabled":
-            try:
+            with _starting(self.mode):
                 self._run = self._start()
-            except Exception as error:
-                reason = " ".join(str(error).split()) or type(error).__name__
-                raise RuntimeError(f"W&B cannot start with tracking.mode={self.mode}: {reason}") from error
         return self
 
     def __exit__(
@@ -82,12 +79,7 @@ class Tracker:
             self._run.log(media)
 
     def _start(self) -> Any:
-        try:
-            import wandb
-        except ImportError:
-            raise RuntimeError("it needs `pip install wandb`, or tracking=disabled") from None
-        if self.mode == "online" and not wandb.login(prompt=False):
-            raise RuntimeError("not logged in; run `wandb login`, or set WANDB_API_KEY, or use tracking=offline")
+        wandb = _ready(self.mode, verify=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         settings = wandb.Settings(
             console="off", silent=True, x_disable_stats=True, reinit="create_new", init_timeout=30, finish_timeout=600
@@ -103,6 +95,34 @@ class Tracker:
             yield
         except Exception as error:
             warnings.warn(f"W&B could not {what}: {error}; the results are in {self.folder}", stacklevel=3)
+
+
+def check(mode: str) -> None:
+    """Raise RuntimeError, one line, if tracking=online has no login to use; no server is asked."""
+    if mode == "online":
+        with _starting(mode):
+            _ready(mode, verify=False)
+
+
+def _ready(mode: str, verify: bool) -> Any:
+    """wandb, logged in if it is to be online; verify: the server is asked what it thinks of the login."""
+    try:
+        import wandb
+    except ImportError:
+        raise RuntimeError("it needs `pip install wandb`, or tracking=disabled") from None
+    if mode == "online" and not wandb.login(prompt=False, verify=verify):
+        raise RuntimeError("not logged in; run `wandb login`, or set WANDB_API_KEY, or use tracking=offline")
+    return wandb
+
+
+@contextmanager
+def _starting(mode: str) -> Iterator[None]:
+    """What goes wrong inside as one line that names the mode."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RuntimeError(f"W&B cannot start with tracking.mode={mode}: {reason}") from error
 
 
 def log_sweep(

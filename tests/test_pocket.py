@@ -3,6 +3,8 @@
 import hashlib
 import itertools
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -229,6 +231,35 @@ def test_the_network_is_restored_after_an_exception(pocket):
     with pytest.raises(RuntimeError, match="broken"):
         made.generate(Request(("turn left",), (0,), 2), session(Broken(0.5)))
     assert made.network.attend is model.dense
+
+
+HELD = """
+import resource, torch
+from draftbench.models.pocket.adapter import Pocket
+torch.set_num_threads(1)
+network = Pocket(device="cpu").network
+network.attend = lambda q, k, v, layer: q + k  # the blocks' own is what counts
+
+def peak(*size):
+    network(torch.zeros(2, *size), torch.ones(2), torch.zeros(2, 8, dtype=torch.long))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+print(-peak(1, 3, 32, 32) + peak(16, 3, 96, 96))
+"""
+
+
+def test_what_surely_fits_no_memory_is_refused_and_no_more(monkeypatch):
+    """The memory that a forward of both branches took, in a process of its own, is enough; half of it is not."""
+    took = int(subprocess.run([sys.executable, "-P", "-c", HELD], capture_output=True, text=True, check=True).stdout)
+    made = adapter.Pocket(device="cpu", frames=16, height=96, width=96)
+    monkeypatch.setattr(adapter, "memory", lambda: took)
+    made.check_memory()
+    monkeypatch.setattr(adapter, "memory", lambda: took // 2)
+    with pytest.raises(
+        ValueError, match=r"^model=pocket does not .* of 16x24x24 tokens takes at least 0.5 GiB, and the "
+    ):
+        made.check_memory()
+    adapter.Pocket(device="cpu", frames=8, height=96, width=96).check_memory()
 
 
 def test_settings_are_what_shapes_the_frames(pocket):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ...attention import Request, Session
 from ...compiled import handles
-from ...environment import resolve_device
+from ...environment import memory, resolve_device
 from ...layout import Layout
 from . import judge as judging
 from .model import PocketDiT, check_weights, load
@@ -102,7 +103,21 @@ class Pocket:
                 raise ValueError(f"prompts: {prompt!r}: {error}") from error
 
     def check_memory(self) -> None:
-        """See `Model.check_memory`; a GPU says so by itself."""
+        """See `Model.check_memory`: of what one clip's feed-forward holds, where it is not compiled.
+
+        Where memory is short a CPU's process is killed without a word; a GPU's says so.
+        """
+        if self.device.type != "cpu" or self.compile:
+            return
+        # Of a token: x, its sum with attention, that normed; q, k; q, k, v in one; attention; gate, up, their products.
+        values = 9 * self.sizes.width + 4 * self.sizes.hidden
+        needed = 2 * math.prod(self.grid) * values * getattr(torch, self.dtype).itemsize  # 2 branches of guidance
+        if needed > (there := memory()):
+            grid = "x".join(map(str, self.grid))
+            raise ValueError(
+                f"model={self.name} does not fit device=cpu: a clip of {grid} tokens takes at least "
+                f"{needed / 2**30:.1f} GiB, and the machine has {there / 2**30:.1f} GiB of memory"
+            )
 
     def settings(self) -> dict[str, Any]:
         """Everything but weights, prompts, seeds and steps that shapes the frames."""
