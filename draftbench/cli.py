@@ -239,7 +239,7 @@ def _check_models(configs: list[DictConfig], here: bool) -> None:
     """
     from .knob import Uncalibrated  # imports torch
 
-    keys = ["model", "prompts", "device", "executor", "metrics", "lpips_net", "diagnostics", "maps"]
+    keys = ["model", "prompts", "device", "executor", "metrics", "lpips_net", "diagnostics", "maps", "tracking"]
     distinct = {OmegaConf.to_yaml(OmegaConf.masked_copy(config, keys), resolve=True): config for config in configs}
     models = {key: schema.check_job(config, here) for key, config in distinct.items()}
     lacking: dict[str, ValueError] = {}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from . import hints
+from . import hints, tracking
 from .hints import Count, Region, Switch, Text, Tile
 from .prompts import expand
 from .tracking import Mode
@@ -226,8 +226,9 @@ def check_tables(config: DictConfig) -> None:
 def check_job(config: DictConfig, here: bool = True) -> Model:
     """The model of a checked config, its weights not loaded; raises what it says of itself and of the prompts.
 
-    Also checks the device, the executor on it, that LPIPS has its weights and diagnostics matplotlib, and if the job
-    runs here its memory: ValueError, RuntimeError, ImportError or FileNotFoundError, a line or two.
+    Also checks the device, the executor on it, that LPIPS has its weights, diagnostics matplotlib and tracking=online
+    its login; here: whether this machine is to run it, so that its memory counts. ValueError, RuntimeError, ImportError
+    or FileNotFoundError, a line or two.
     """
     from .environment import resolve_device
     from .kernels import resolve
@@ -250,6 +251,7 @@ def check_job(config: DictConfig, here: bool = True) -> Model:
     resolve(config.executor, made.device)
     if here:
         made.check_memory()
+    tracking.check(config.tracking.mode)  # last, as it may ask a server
     return made
 
 

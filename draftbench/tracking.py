@@ -79,7 +79,7 @@ class Tracker:
             self._run.log(media)
 
     def _start(self) -> Any:
-        wandb = _ready(self.mode, verify=True)
+        wandb = _ready(self.mode)
         self.folder.mkdir(parents=True, exist_ok=True)
         settings = wandb.Settings(
             console="off", silent=True, x_disable_stats=True, reinit="create_new", init_timeout=30, finish_timeout=600
@@ -98,19 +98,19 @@ class Tracker:
 
 
 def check(mode: str) -> None:
-    """Raise RuntimeError, one line, if tracking=online has no login to use; no server is asked."""
+    """Raise RuntimeError, one line, if tracking=online has no login, or one that the server does not take."""
     if mode == "online":
         with _starting(mode):
-            _ready(mode, verify=False)
+            _ready(mode)
 
 
-def _ready(mode: str, verify: bool) -> Any:
-    """wandb, logged in if it is to be online; verify: the server is asked what it thinks of the login."""
+def _ready(mode: str) -> Any:
+    """wandb, logged in if it is to be online."""
     try:
         import wandb
     except ImportError:
         raise RuntimeError("it needs `pip install wandb`, or tracking=disabled") from None
-    if mode == "online" and not wandb.login(prompt=False, verify=verify):
+    if mode == "online" and not wandb.login(prompt=False):
         raise RuntimeError("not logged in; run `wandb login`, or set WANDB_API_KEY, or use tracking=offline")
     return wandb
 

@@ -80,18 +80,18 @@ def test_a_bad_mode_is_refused_at_once(tmp_path):
 
 
 def test_no_login_is_one_line_before_the_work(tmp_path):
-    """In a process of its own, with no home and so no key."""
-    code = (
-        "from draftbench import tracking\n"
-        f"try: tracking.Tracker('online', 'p', {str(tmp_path)!r}, None, 'n', {{}}).__enter__()\n"
-        "except RuntimeError as error: print(error)"
-    )
+    """In a process of its own, with no home and so no key; in one of a sweep's jobs, and where a run begins."""
+    tracker = f"from draftbench import tracking; tracking.Tracker('online', 'p', {str(tmp_path)!r}, None, 'n', {{}})"
+    sweep = ["-m", "draftbench", "-m", "tracking=disabled,online", "device=cpu", "hydra.sweep.dir=out", "cache=cache"]
     environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code], capture_output=True, text=True, env=environment, check=True
-    )
-    assert done.stdout.startswith("W&B cannot start with tracking.mode=online: not logged in; run `wandb login`")
-    assert done.stdout.count("\n") == 1
+    for command, code in ((sweep, 2), (["-c", f"{tracker}.__enter__()"], 1)):
+        done = subprocess.run(
+            [sys.executable, "-P", *command], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
+        )
+        assert done.returncode == code and ("Traceback" in done.stderr) == (code == 1)
+        last = done.stderr.splitlines()[-1]
+        assert "W&B cannot start with tracking.mode=online: not logged in; run `wandb login`" in last
+    assert not {"out", "cache"} & {path.name for path in tmp_path.iterdir()}
 
 
 class BrokenRun:
