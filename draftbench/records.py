@@ -319,10 +319,12 @@ def promote(
     """Gather the records of run folders into out/NAME.jsonl, sorted; a cell run again keeps its last ok record.
 
     Failed cells stay as rows that say so; diagnostics go into out/NAME.diagnostics.json. What is damaged is left out if
-    a list is given for its names. Raises ValueError for no records, a damaged one, mixed kinds, uncommitted code
-    (unless allow_dirty) or a bad name, and FileExistsError
-    for a file that exists (unless force).
+    a list is given for its names. Raises ValueError for no records, a damaged one, mixed kinds, records that may not
+    share a page of draftbench.tables, which makes one a file, uncommitted code (unless allow_dirty) or a bad name, and
+    FileExistsError for a file that exists (unless force).
     """
+    from . import tables  # imports this module
+
     if not name.removesuffix(".jsonl") or Path(name).name != name:
         raise ValueError(f"name must be a plain file name, got {name!r}")
     target = Path(out) / f"{name.removesuffix('.jsonl')}.jsonl"
@@ -337,6 +339,8 @@ def promote(
         raise ValueError(f"{len(dirty)} of {len(records)} records come from uncommitted code; allow with --allow-dirty")
     if target.exists() and not force:
         raise FileExistsError(f"{target} exists; replace it with --force")
+    records = sorted(distinct(records), key=_order)
+    tables.check(records, target.stem)
     read = {}
     for path in [path for folder in folders if folder.is_dir() for path in sorted(folder.rglob("diagnostics.json"))]:
         try:
@@ -346,7 +350,7 @@ def promote(
                 raise ValueError(f"{path} is not JSON: {error}") from error
             damaged.append(f"{path} is not JSON: {error}")
     with replacing(target) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for record in sorted(distinct(records), key=_order):
+        for record in records:
             file.write(json.dumps(record, sort_keys=True, allow_nan=False) + "\n")
     if read:
         found = list({note.get("cell_id") or path: note for path, note in read.items()}.values())  # a resumed run's too

@@ -141,6 +141,14 @@ def _tell(damaged: list[str]) -> int:
     return int(bool(damaged))
 
 
+def check(rows: Rows, source: str) -> None:
+    """Raise ValueError, as `page` does, for records of one file that may not share a page."""
+    if bench := DRAWN.get(_kind(rows)):
+        bench.page(rows, source)
+    else:
+        method_tables.check_page(rows, source)  # its page draws bootstraps
+
+
 def page(source: Path, rows: Rows, config: DictConfig, again: Sequence[dict[str, Any]] = ()) -> Page:
     """The page of a file of records, with the diagnostics beside it and the ranks in the file `again`, if any."""
     if bench := DRAWN.get(_kind(rows)):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from draftbench import records
+from draftbench import records, tables
 
 
 def record(**values):
@@ -202,10 +202,29 @@ def test_promote_sorts_keeps_failures_and_takes_the_last_run_of_a_cell(tmp_path,
 
 @pytest.mark.parametrize("dirty", [True, None])
 def test_promote_refuses_uncommitted_code(tmp_path, dirty):
-    folder = run_folder(tmp_path, record(), record(cell_id="c1", dirty=dirty))
+    folder = run_folder(tmp_path, record(), record(cell_id="c1", seed=1, dirty=dirty))
     with pytest.raises(ValueError, match="1 of 2 records come from uncommitted code; allow with --allow-dirty"):
         records.promote([folder], "x", tmp_path / "out")
     assert records.promote([folder], "x", tmp_path / "out", allow_dirty=True).name == "x.jsonl"
+
+
+def test_promote_refuses_what_tables_would(tmp_path, capsys):
+    """In the same words, before it writes; and a file that was there stays as it was."""
+    mixed = record(device="a"), record(cell_id="c1", seed=1, device="b")
+    twice = record(), record(cell_id="of a run with videos")
+    calibrated = (record(method_settings={"calibrated": {"prompts": ["turn left"], "seeds": [7]}}),)
+    out = tmp_path / "out"
+    (source := out / "x.jsonl").parent.mkdir()
+    for name, rows in {"mixed": mixed, "twice": twice, "calibrated": calibrated}.items():
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        nowhere = [f"{key}={tmp_path / 'nowhere'}" for key in ("readme", "quoted", "figures", "out")]
+        assert tables.main([f"records={out}", *nowhere]) == 2
+        said = capsys.readouterr().err
+        source.write_text("before")
+        folder = run_folder(tmp_path / name, *rows)
+        assert records.main(["promote", str(folder), "--name", "x", "--out", str(out), "--force"]) == 2
+        assert capsys.readouterr().err == said and said.startswith("draftbench: x: ")
+        assert source.read_text() == "before" and list(out.iterdir()) == [source]
 
 
 def test_promote_refuses_newer_schemas_nothing_and_bad_names(tmp_path):
@@ -221,7 +240,7 @@ def test_promote_refuses_newer_schemas_nothing_and_bad_names(tmp_path):
 
 
 def test_what_is_damaged_is_left_out_and_told(tmp_path, capsys):
-    folder = run_folder(tmp_path, record(), record(cell_id="c1"))
+    folder = run_folder(tmp_path, record(), record(cell_id="c1", seed=1))
     (folder / "record_bad.json").write_text('{"schema_version": 4, "psnr_db": NaN}')
     (folder / "diagnostics.json").write_text('{"cut')
     assert records.main(["promote", str(folder), "--name", "x", "--out", str(tmp_path / "out")]) == 1
@@ -241,7 +260,7 @@ ABSENT = {  # what records of an older version do not have
 
 @pytest.mark.parametrize("version", ABSENT)
 @pytest.mark.parametrize("kind", ["cell", "baseline", "attention", "step", "methods"])
-def test_a_record_of_an_older_version_is_read_as_one_of_this_version_and_promoted(tmp_path, version, kind):
+def test_a_record_of_an_older_version_is_read_as_one_of_this_version_and_promoted(tmp_path, monkeypatch, version, kind):
     values = {"kind": kind, "cell_id": "c0", "sparsity": 0.9, "commit": "a" * 40, "dirty": False, "status": "ok"}
     now = records.new(**values)
     if "lpips_net" in now:
@@ -251,6 +270,7 @@ def test_a_record_of_an_older_version_is_read_as_one_of_this_version_and_promote
     found = records.read(tmp_path / "run" / "record.json")
     assert found == now | {"peak_memory_gib": 1.5, "of_its_time": 3} and found["schema_version"] == 4
     records.write(records.new(**values | {"cell_id": "c1"}), tmp_path / "run" / "record_new.json")
+    monkeypatch.setattr(tables, "check", lambda *_: None)  # these rows are no table's
     source = records.promote([tmp_path / "run"], "x", tmp_path / "out")
     assert [row["schema_version"] for row in records.read_all([source])] == [4, 4]
 
