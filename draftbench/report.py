@@ -29,8 +29,8 @@ CELL = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the page and say where it is; returns the exit code: 1 if a damaged record was left out, 2 for what cannot
-    be read or written."""
+    """Write the page and say where it is; returns the exit code: 1 if a damaged record or video was left out, 2 for
+    what cannot be read or written."""
     parser = argparse.ArgumentParser("python -m draftbench.report", description="One HTML page of runs.")
     parser.add_argument("runs", nargs="+", metavar="RUN_FOLDER", type=Path, help="of one run or of a sweep")
     parser.add_argument("--out", type=Path, help="the page; report.html in the first folder if left out")
@@ -57,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def page(runs: Sequence[Path], limit: int, damaged: list[str] | None = None) -> tuple[str, str]:
     """The page of run folders, at most `limit` bytes unless its tables alone are more, and what it shows of the clips.
 
-    A damaged record is left out and named, in `damaged` too. Raises FileNotFoundError for a folder that does not exist,
-    ValueError if there are no records.
+    A damaged record, or a clip with a video that does not play, is left out and named, in `damaged` too. Raises
+    FileNotFoundError for a folder that does not exist, ValueError if there are no records.
     """
     damaged = [] if damaged is None else damaged
     everything = [(path, row) for path in records.files(runs) for row in records.parse(path, damaged)]
@@ -80,14 +80,23 @@ def page(runs: Sequence[Path], limit: int, damaged: list[str] | None = None) -> 
     }
     template = (files(__package__) / "report.html").read_text(encoding="utf-8")
     media.left = limit - len(template.encode()) - len(_json(data).encode()) - 1000
-    clips = _in_turn(_clips(found, cells))
-    shown = []
-    for clip in clips:
-        if keys := media.take(clip["dense"], clip["method"], around=400):
-            kept: Row = dict(zip(("dense", "method"), keys, strict=True))
-            kept |= {"cell": clip["cell"], "picture": None, "fps": _fps(clip["method"])}
-            data["clips"].append(kept)
-            shown.append((kept, clip["picture"]))
+    clips, shown = _in_turn(_clips(found, cells)), []
+    for clip in list(clips):
+        pair = clip["dense"], clip["method"]
+        if not media.fits(*pair, around=400):
+            continue
+        try:
+            _, fps = map(_fps, pair)
+        except ValueError as error:
+            damaged.append(str(error))
+            data["about"].append(f"Left out: {error}")
+            media.left -= len(_json(data["about"][-1]).encode()) + 1
+            clips.remove(clip)
+            continue
+        kept: Row = dict(zip(("dense", "method"), media.take(*pair, around=400), strict=True))
+        kept |= {"cell": clip["cell"], "picture": None, "fps": fps}
+        data["clips"].append(kept)
+        shown.append((kept, clip["picture"]))
     pictures = _pictures(runs, media)
     for path in pictures:
         name = f"{path.parent.name}/{path.stem}"
@@ -120,15 +129,25 @@ class Media:
         self.left = 0
         self._known: dict[Path, str] = {}
 
+    def fits(self, *paths: Path, around: int = 0) -> bool:
+        """Whether files that are not held yet, as base64, and `around` bytes are no more than is left."""
+        return self._cost(self._new(paths), around) <= self.left
+
     def take(self, *paths: Path, around: int = 0) -> list[str]:
-        """Hold files, as base64, and return their keys; none, if they and `around` bytes are more than is left."""
-        new = {key: path for path in paths if (key := self.key(path)) not in self.held}
-        cost = sum(4 * path.stat().st_size // 3 + 30 for path in new.values()) + around
-        if cost > self.left:
+        """Hold files, as base64, and return their keys; none, if they do not fit."""
+        if not self.fits(*paths, around=around):
             return []
-        self.left -= cost
+        new = self._new(paths)
+        self.left -= self._cost(new, around)
         self.held |= {key: base64.b64encode(path.read_bytes()).decode() for key, path in new.items()}
         return [self.key(path) for path in paths]
+
+    def _new(self, paths: Sequence[Path]) -> dict[str, Path]:
+        return {key: path for path in paths if (key := self.key(path)) not in self.held}
+
+    @staticmethod
+    def _cost(new: dict[str, Path], around: int) -> int:
+        return sum(4 * path.stat().st_size // 3 + 30 for path in new.values()) + around
 
     def key(self, path: Path) -> str:
         """The hash of a file's content."""
@@ -179,13 +198,18 @@ def _pictures(runs: Sequence[Path], media: Media) -> list[Path]:
 
 
 def _fps(path: Path) -> float:
+    """The frames a second of a video that plays to its end; ValueError, naming it, for one that does not."""
     import av
 
     try:
         with av.open(str(path)) as container:
-            return float(container.streams.video[0].average_rate or 1)
+            stream = container.streams.video[0]
+            for _ in container.decode(stream):
+                pass
+            return float(stream.average_rate or 1)
     except (av.FFmpegError, IndexError) as error:
-        raise ValueError(f"{path} is no video that plays ({error}); delete it, and its run makes it again") from error
+        why = getattr(error, "strerror", "there is none in it")
+        raise ValueError(f"{path} is no video that plays ({why}); delete it, and its run makes it again") from error
 
 
 def _about(rows: Sequence[Row]) -> list[str]:

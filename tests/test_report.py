@@ -96,6 +96,19 @@ def test_a_damaged_record_is_left_out_and_named(sweep, capsys):
     assert len(found["cells"]["rows"]) == 5 and "record_001.json is not a draftbench record" in found["about"][-1]
 
 
+@pytest.mark.parametrize("damage", [lambda video: b"", lambda video: video[: len(video) // 2]], ids=["empty", "cut"])
+def test_a_video_that_does_not_play_is_left_out_and_named(sweep, capsys, damage):
+    for name in ("0/000_dense.mp4", "1/001_sta.mp4"):
+        (sweep / name).write_bytes(damage((sweep / name).read_bytes()))
+    assert report.main([str(sweep)]) == 1
+    told, found = capsys.readouterr(), data((sweep / "report.html").read_text())
+    assert told.out.endswith("2 of 2 clips with videos, 1 of 1 pictures\n") and len(found["clips"]) == 2
+    for line, name in zip(told.err.splitlines(), ("0/000_dense.mp4", "1/001_sta.mp4"), strict=True):
+        assert line.startswith(f"draftbench: left out: {sweep / name} is no video that plays (")
+        assert line.removeprefix("draftbench: l") in [said.removeprefix("L") for said in found["about"]]
+    assert len(found["cells"]["rows"]) == 6  # the numbers are there
+
+
 def test_a_page_of_ten_thousand_cells_is_small(tmp_path):
     cell(tmp_path, 0, shade=None)
     row = records.read(tmp_path / "record_000.json")
