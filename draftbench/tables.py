@@ -30,6 +30,7 @@ from . import (
     contrasts,
     estimate_tables,
     frontier,
+    hints,
     method_tables,
     paper_tables,
     rank_tables,
@@ -38,7 +39,7 @@ from . import (
     step_tables,
     tabular,
 )  # fmt: skip
-from .help import CONFIGS
+from .help import CONFIGS, options
 from .tabular import Page
 
 Rows = list[dict[str, Any]]
@@ -85,6 +86,10 @@ def _all(config: DictConfig) -> int:
     damaged: list[str] = []
     rows = {source: found for source in sources if (found := records.distinct(records.read_all([source], damaged)))}
     everything = [row for group in rows.values() for row in group]
+    known = sorted({*options("method"), *(row["method"] for row in everything if row.get("method"))})
+    for name in config.contrasts.against:
+        if name not in known:
+            raise hints.wrong("contrasts.against", f"a list of {', '.join(known)}", name)
     by_name = {source.stem: group for source, group in rows.items()}
     again = {name: by_name[other] for name, other in config.again.items() if other in by_name}
     pages = [page(source, group, config, again.get(source.stem, [])) for source, group in rows.items()]

@@ -410,6 +410,19 @@ def test_bad_keys_are_refused_in_a_line(argument, message, capsys):
     assert "Traceback" not in error and error.count("\n") <= 2
 
 
+def test_contrasts_are_against_methods_that_there_are(tmp_path, capsys):
+    """Ours, and those of the records, which may be a user's own."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "some.jsonl").write_text("".join(json.dumps(row(name)) + "\n" for name in ("draft", "my_own")))
+    folders = [f"records={tmp_path / 'in'}", f"out={tmp_path / 'out'}", *NOWHERE]
+    assert tables.main([*folders, "contrasts.against=[draft,darft]"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("draftbench: contrasts.against must be a list of dense, draft, ") and ", my_own, " in error
+    assert error.endswith(", got 'darft'\n") and not (tmp_path / "out").exists()
+    assert tables.main([*folders, "contrasts.against=[random,my_own]"]) == 0
+    assert "## Minus my_own" in (tmp_path / "out" / "some.md").read_text()
+
+
 def test_committed_tables_are_those_of_the_committed_records(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert tables.main(["--check"]) == 0, capsys.readouterr().err
