@@ -64,12 +64,16 @@ def _columns(left: str, right: str, width: int) -> list[str]:
 
 
 def _about(text: str) -> str:
-    """A config's first comment, or else the first line of the docstring of the module that it names."""
+    """A config's first comment, its lines until one ends a sentence, or else the first of the docstring of the module
+    that it names."""
+    found: list[str] = []
     for line in text.splitlines():
-        if not line.startswith("#"):
+        if not line.startswith("#") or (found and found[-1].endswith(".")):
             break
         if not line.startswith("# @package"):
-            return line.lstrip("# ")
+            found.append(line.lstrip("# "))
+    if found:
+        return " ".join(found)
     target = re.search(r"^_target_: *(draftbench[\w.]*)\.\w+", text, re.MULTILINE)
     return _first_line(target[1]) if target else ""
 

@@ -14,8 +14,9 @@ import pytest
 from omegaconf import OmegaConf
 
 import draftbench
-from draftbench import cli, records, schema
+from draftbench import cli, help, records, schema
 from draftbench.knob import OutOfReach, Uncalibrated
+from draftbench.prompts import suites
 
 ROOT = Path(__file__).parent.parent
 CONF = ROOT / "conf"
@@ -424,6 +425,11 @@ def test_help_page(capsys):
         "outputs/",
     ):
         assert text in page
+    words = " ".join(page.split())
+    for path in (CONF / "experiment").glob("*.yaml"):
+        about = help._about(path.read_text())
+        assert about.endswith(".") and f" {path.stem} {about} " in words  # whole sentences
+    assert all(name in re.search(r" prompts=(.*?) seeds=", words)[1] for name in suites())
     assert "hydra.job" not in page and max(map(len, page.splitlines())) <= 120
 
 
