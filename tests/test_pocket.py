@@ -16,7 +16,7 @@ from draftbench.methods.draft import Draft
 from safetensors.torch import save_file
 
 from draftbench.attention import DenseParts, Request, Session
-from draftbench.models.pocket import adapter, judge, model, prompts, sampler, train
+from draftbench.models.pocket import adapter, card, check, judge, model, prompts, sampler, train
 
 FOLDER = Path(adapter.__file__).parent
 WEIGHTS = FOLDER / "weights" / "pocket.safetensors"
@@ -330,7 +330,7 @@ def test_weights_survive_saving(tmp_path):
         torch.testing.assert_close(value, made.state_dict()[name], atol=1e-3, rtol=1e-3)
 
 
-def test_options_of_the_training_command():
+def test_options_of_the_training_command(capsys):
     assert train.parse(train.Settings, ["out=x", "gpus=2"]) == train.Settings(out="x", gpus=2)
     for argument, message in (
         ("gpu=2", "unknown option 'gpu=2'; options: out"),
@@ -338,6 +338,12 @@ def test_options_of_the_training_command():
     ):
         with pytest.raises(SystemExit, match=message):
             train.parse(train.Settings, [argument])
+    for command in (train, check, card):
+        with pytest.raises(SystemExit) as end:
+            train.parse(command.Settings, ["--help"])
+        page = capsys.readouterr().out
+        assert end.value.code == 0 and page.startswith(command.__doc__) and "  out=outputs/pocket_training\n" in page
+        assert all(f"  {name}={value}" in page for name, value in vars(command.Settings()).items())
 
 
 def test_a_loss_of_zero_is_the_clean_clip():

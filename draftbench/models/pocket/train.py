@@ -9,9 +9,11 @@ from its last saved state. `python -m draftbench.models.pocket.check` then score
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -282,7 +284,13 @@ def worker(rank: int, settings: Settings) -> None:
 
 
 def parse(kind: type, arguments: list[str]) -> Any:
-    """A dataclass of options from key=value arguments; SystemExit names an unknown or malformed one."""
+    """A dataclass of options from key=value arguments; SystemExit names an unknown or malformed one, and after --help
+    the options are printed."""
+    if {"-h", "--help"} & set(arguments):
+        options = inspect.getsource(kind).partition('"""\n\n')[2]  # with their comments
+        options = re.sub(r'(?m)^ *(\w+): \w+ = "?([^"\n]*)"?', r"  \1=\2", options)
+        print(f"{sys.modules[kind.__module__].__doc__}\nOptions and their defaults:\n{options}", end="")
+        raise SystemExit(0)
     kinds = {field.name: field.type for field in fields(kind)}
     values: dict[str, Any] = {}
     for argument in arguments:
