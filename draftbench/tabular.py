@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -146,10 +145,10 @@ def ok(row: Row) -> bool:
 
 
 def check_alike(values: Iterable[Any], name: str, source: str) -> None:
-    """Raise ValueError, naming the field, if the values that rows of one table have in it differ, keys in any order."""
-    found = {json.dumps(value, sort_keys=True): repr(value) for value in values}
+    """Raise ValueError, naming the field, if the values that rows of one table have in it differ."""
+    found = sorted({repr(value) for value in values})
     if len(found) > 1:
-        raise ValueError(f"{source}: rows with different {name} share no table: {', '.join(sorted(found.values()))}")
+        raise ValueError(f"{source}: rows with different {name} share no table: {', '.join(found)}")
 
 
 def versions(row: Row) -> str:

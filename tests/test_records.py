@@ -200,6 +200,14 @@ def test_promote_sorts_keeps_failures_and_takes_the_last_run_of_a_cell(tmp_path,
     assert capsys.readouterr().err == f"draftbench: no such run folder or record: {tmp_path / 'none'}\n"
 
 
+def test_the_order_of_keys_is_no_difference(tmp_path):
+    """Promoted records have them sorted, those of a run not."""
+    versions = [{"torch": "2.13", "python": "3.12"}, {"python": "3.12", "torch": "2.13"}]
+    folder = run_folder(tmp_path, *(record(cell_id=f"c{i}", seed=i, versions=x) for i, x in enumerate(versions)))
+    found = records.read_all([records.promote([folder], "x", tmp_path / "out")])
+    assert [list(row["versions"]) for row in [*found, *records.read_all([folder])]] == [["python", "torch"]] * 4
+
+
 @pytest.mark.parametrize("dirty", [True, None])
 def test_promote_refuses_uncommitted_code(tmp_path, dirty):
     folder = run_folder(tmp_path, record(), record(cell_id="c1", seed=1, dirty=dirty))

@@ -105,12 +105,6 @@ def test_a_table_never_mixes(name, other):
     assert repr(other) in str(error.value)
 
 
-def test_the_order_of_keys_is_no_difference():
-    """Promoted records have them sorted, those of a run not."""
-    versions = [{"torch": "2.13", "python": "3.12"}, {"python": "3.12", "torch": "2.13"}]
-    assert "| draft | 2 |" in markdown([row(seed=i, versions=each) for i, each in enumerate(versions)], "some")
-
-
 def test_a_method_at_its_own_knob_stands_apart():
     own = {"sparsity_achieved": 0.62, "knob": {"top_p": 0.9}, "psnr_db": 40.0}
     rows = [row("svg2"), row("svg2", 0.0, **own), row("svg2", 0.0, seed=1, **own), row("draft", 0.0, psnr=50.0), row()]
