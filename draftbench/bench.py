@@ -120,7 +120,7 @@ def page() -> str:
     lines += [
         "",
         "Rows go to a folder under outputs/ (hydra.run.dir) as they come, and a table at the end.",
-        "`python -m draftbench.records promote FOLDER --name NAME` keeps them; `make tables` makes table and picture.",
+        "`python -m draftbench.promote FOLDER --name NAME` keeps them; `make tables` makes table and picture.",
     ]
     return "\n".join(lines)
 

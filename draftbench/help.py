@@ -43,7 +43,7 @@ def page() -> str:
     lines += [
         "",
         "Results: a folder for each run under outputs/ (hydra.run.dir, hydra.sweep.dir) with record*.json, videos and",
-        "a picture; table.txt for a sweep. `python -m draftbench.records promote FOLDER --name NAME` keeps records.",
+        "a picture; table.txt for a sweep. `python -m draftbench.promote FOLDER --name NAME` keeps records.",
         "",
         "Flags: -m, --multirun; --cfg job; --config-dir FOLDER (configs of your own); --version; --hydra-help, --info",
     ]

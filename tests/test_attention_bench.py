@@ -13,6 +13,7 @@ from draftbench.kernels import reference
 from draftbench import attention_bench, attention_tables, bench, cases, contest, kernels, peers, records, tables
 from draftbench.cases import SHAPES, Shape
 from draftbench.peers import Absent, Contestant, Ready
+from draftbench.promote import promote
 
 PROMPT = "turn left in the cage hall"
 BLOCKS = Shape((2, 16, 32), 2, 64, 128, device="cpu", capture=cases.TINY, threads=1)  # every block has 128 tokens
@@ -379,7 +380,7 @@ def test_help(capsys):
 
 
 def test_promote_tables_and_picture(run, rows, tmp_path, capsys):
-    source = records.promote([run], "some", tmp_path / "in", allow_dirty=True)
+    source = promote([run], "some", tmp_path / "in", allow_dirty=True)
     promoted = records.read_all([source])
     assert sorted(row["cell_id"] for row in promoted) == sorted(row["cell_id"] for row in rows)
     folders = [f"{name}={tmp_path / name}" for name in ("out", "figures")]
@@ -400,7 +401,7 @@ def test_promote_tables_and_picture(run, rows, tmp_path, capsys):
 def test_kinds_do_not_mix(run, tmp_path):
     records.write(records.new(cell_id="a", status="ok"), tmp_path / "record.json")
     with pytest.raises(ValueError, match=r"kinds \['attention', 'cell'\] do not mix"):
-        records.promote([run, tmp_path], "some", tmp_path / "in", allow_dirty=True)
+        promote([run, tmp_path], "some", tmp_path / "in", allow_dirty=True)
 
 
 @pytest.mark.parametrize("name", ["device", "versions", "commit", "run", "budget_s"])

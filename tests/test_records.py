@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from draftbench import records, tables
+from draftbench import promote, records, tables
 
 
 def record(**values):
@@ -185,18 +185,18 @@ def test_promote_sorts_keeps_failures_and_takes_the_last_run_of_a_cell(tmp_path,
         record(cell_id="a", sparsity=0.75, status="failed: killed", timestamp="2026-01-03T00:00:00+00:00"),
         record(cell_id="d", method="dense", sparsity=None),
     )
-    assert records.main(["promote", str(folder), "--name", "first", "--out", str(tmp_path / "out")]) == 0
+    assert promote.main([str(folder), "--name", "first", "--out", str(tmp_path / "out")]) == 0
     assert "first.jsonl: 3 records, 1 failed" in capsys.readouterr().out
     lines = (tmp_path / "out" / "first.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert [(row["cell_id"], row["psnr_db"]) for row in rows] == [("d", None), ("a", 2.0), ("b", None)]
     assert rows[2]["status"] == "failed: no memory"
     assert lines == [json.dumps(row, sort_keys=True) for row in rows]
-    again = ["promote", str(folder), "--name", "first", "--out", str(tmp_path / "out")]
-    assert records.main(again) == 2
+    again = [str(folder), "--name", "first", "--out", str(tmp_path / "out")]
+    assert promote.main(again) == 2
     assert re.match(r"draftbench: \S+first\.jsonl exists; replace it with --force\n$", capsys.readouterr().err)
-    assert records.main([*again, "--force"]) == 0
-    assert records.main(["promote", str(tmp_path / "none"), "--name", "x"]) == 2
+    assert promote.main([*again, "--force"]) == 0
+    assert promote.main([str(tmp_path / "none"), "--name", "x"]) == 2
     assert capsys.readouterr().err == f"draftbench: no such run folder or record: {tmp_path / 'none'}\n"
 
 
@@ -204,7 +204,7 @@ def test_the_order_of_keys_is_no_difference(tmp_path):
     """Promoted records have them sorted, those of a run not."""
     versions = [{"torch": "2.13", "python": "3.12"}, {"python": "3.12", "torch": "2.13"}]
     folder = run_folder(tmp_path, *(record(cell_id=f"c{i}", seed=i, versions=x) for i, x in enumerate(versions)))
-    found = records.read_all([records.promote([folder], "x", tmp_path / "out")])
+    found = records.read_all([promote.promote([folder], "x", tmp_path / "out")])
     assert [list(row["versions"]) for row in [*found, *records.read_all([folder])]] == [["python", "torch"]] * 4
 
 
@@ -212,8 +212,8 @@ def test_the_order_of_keys_is_no_difference(tmp_path):
 def test_promote_refuses_uncommitted_code(tmp_path, dirty):
     folder = run_folder(tmp_path, record(), record(cell_id="c1", seed=1, dirty=dirty))
     with pytest.raises(ValueError, match="1 of 2 records come from uncommitted code; allow with --allow-dirty"):
-        records.promote([folder], "x", tmp_path / "out")
-    assert records.promote([folder], "x", tmp_path / "out", allow_dirty=True).name == "x.jsonl"
+        promote.promote([folder], "x", tmp_path / "out")
+    assert promote.promote([folder], "x", tmp_path / "out", allow_dirty=True).name == "x.jsonl"
 
 
 def test_promote_refuses_what_tables_would(tmp_path, capsys):
@@ -230,7 +230,7 @@ def test_promote_refuses_what_tables_would(tmp_path, capsys):
         said = capsys.readouterr().err
         source.write_text("before")
         folder = run_folder(tmp_path / name, *rows)
-        assert records.main(["promote", str(folder), "--name", "x", "--out", str(out), "--force"]) == 2
+        assert promote.main([str(folder), "--name", "x", "--out", str(out), "--force"]) == 2
         assert capsys.readouterr().err == said and said.startswith("draftbench: x: ")
         assert source.read_text() == "before" and list(out.iterdir()) == [source]
 
@@ -238,12 +238,12 @@ def test_promote_refuses_what_tables_would(tmp_path, capsys):
 def test_promote_refuses_newer_schemas_nothing_and_bad_names(tmp_path):
     folder = run_folder(tmp_path, record(), record(cell_id="c1", schema_version=5))
     with pytest.raises(ValueError, match=r"schema_version must be 1 to 4, got 5"):
-        records.promote([folder], "x", tmp_path / "out")
+        promote.promote([folder], "x", tmp_path / "out")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no records"):
-        records.promote([tmp_path / "empty"], "x", tmp_path / "out")
+        promote.promote([tmp_path / "empty"], "x", tmp_path / "out")
     with pytest.raises(ValueError, match="plain file name"):
-        records.promote([folder], "../x", tmp_path / "out")
+        promote.promote([folder], "../x", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -251,12 +251,12 @@ def test_what_is_damaged_is_left_out_and_told(tmp_path, capsys):
     folder = run_folder(tmp_path, record(), record(cell_id="c1", seed=1))
     (folder / "record_bad.json").write_text('{"schema_version": 4, "psnr_db": NaN}')
     (folder / "diagnostics.json").write_text('{"cut')
-    assert records.main(["promote", str(folder), "--name", "x", "--out", str(tmp_path / "out")]) == 1
+    assert promote.main([str(folder), "--name", "x", "--out", str(tmp_path / "out")]) == 1
     told = capsys.readouterr()
     assert "2 records, 0 failed" in told.out and "record_bad.json is not a draftbench record: it holds NaN" in told.err
     assert "diagnostics.json is not JSON" in told.err and len(records.read_all([tmp_path / "out"])) == 2
     with pytest.raises(ValueError, match="it holds NaN"):
-        records.promote([folder], "y", tmp_path / "out")
+        promote.promote([folder], "y", tmp_path / "out")
 
 
 ABSENT = {  # what records of an older version do not have
@@ -279,7 +279,7 @@ def test_a_record_of_an_older_version_is_read_as_one_of_this_version_and_promote
     assert found == now | {"peak_memory_gib": 1.5, "of_its_time": 3} and found["schema_version"] == 4
     records.write(records.new(**values | {"cell_id": "c1"}), tmp_path / "run" / "record_new.json")
     monkeypatch.setattr(tables, "check", lambda *_: None)  # these rows are no table's
-    source = records.promote([tmp_path / "run"], "x", tmp_path / "out")
+    source = promote.promote([tmp_path / "run"], "x", tmp_path / "out")
     assert [row["schema_version"] for row in records.read_all([source])] == [4, 4]
 
 

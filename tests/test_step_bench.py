@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 from draftbench import bench, records, step_bench, step_tables, tables
 from draftbench.latency import Timing
 from draftbench.models.pipeline import Pipeline
+from draftbench.promote import promote
 from draftbench.step_bench import CASES, DENSE_STEPS
 
 TINY = ["bench=step", "bench.models=tiny", "bench.repeats=2"]
@@ -277,7 +278,7 @@ def test_bad_input_is_refused_in_a_line(argument, message, capsys, monkeypatch, 
 
 
 def test_promote_tables_and_picture(run, rows, tmp_path, capsys):
-    source = records.promote([run["folder"]], "steps", tmp_path / "in", allow_dirty=True)
+    source = promote([run["folder"]], "steps", tmp_path / "in", allow_dirty=True)
     promoted = records.read_all([source])
     assert sorted(row["cell_id"] for row in promoted) == sorted(row["cell_id"] for row in rows)
     folders = [f"{name}={tmp_path / name}" for name in ("out", "figures")]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from draftbench import contrasts, method_tables, rank_tables, records, tables
+from draftbench.promote import promote
 
 RULE = contrasts.Contrasts(("random", "draft"), ("psnr_db", "ssim", "lpips"), 2000, 0)
 ROOT = Path(__file__).parent.parent
@@ -293,7 +294,7 @@ def test_the_command_writes_checks_and_says_what_is_stale(tmp_path, capsys):
     assert tables.main(keys) == 2 and "must be a folder with .jsonl files" in capsys.readouterr().err
     (tmp_path / "in").mkdir()
     records.write(row(), tmp_path / "record.json")
-    records.promote([tmp_path / "record.json"], "some", tmp_path / "in", allow_dirty=True)
+    promote([tmp_path / "record.json"], "some", tmp_path / "in", allow_dirty=True)
     (tmp_path / "R.md").write_text("<!-- table some -->\n<!-- end -->\n")
     page = tmp_path / "out" / "some.md"
     assert tables.main([*keys, "--check"]) == 1 and not page.exists()
@@ -442,7 +443,7 @@ def test_diagnostics_are_promoted_and_shown(tmp_path):
     (run / "diagnostics.json").write_text(json.dumps(note | {"cell_id": "c"}))
     (tmp_path / "resumed").mkdir()
     shutil.copy(run / "diagnostics.json", tmp_path / "resumed")
-    source = records.promote([run, tmp_path / "resumed"], "some", tmp_path / "in", allow_dirty=True)
+    source = promote([run, tmp_path / "resumed"], "some", tmp_path / "in", allow_dirty=True)
     assert len(json.loads(source.with_suffix(".diagnostics.json").read_text())) == 1
     config = tables._configured([])
     text = tables.page(source, records.read_all([source]), config).markdown()
@@ -517,7 +518,7 @@ def test_the_page_has_ranks_once_the_second_file_is_there(tmp_path):
     for name, found in (("some", trained(FIRST)), ("other", trained(AGAIN, "b"))):
         for number, one in enumerate(found):
             records.write(one, tmp_path / name / f"record_{number}.json")
-        records.promote([tmp_path / name], name, tmp_path / "in", allow_dirty=True)
+        promote([tmp_path / name], name, tmp_path / "in", allow_dirty=True)
         assert tables.main([*keys, "+again.some=other"]) == 0
         text = (tmp_path / "out" / "some.md").read_text()
         assert ("## Ranks on the model trained again" in text) == (name == "other")
