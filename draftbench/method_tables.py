@@ -141,8 +141,16 @@ def provenance(rows: Sequence[Row]) -> str:
         f"{first['model']}, token grid {'x'.join(map(str, first['grid']))}, {taken}"
         f"weights `{first['weights_hash'][:12]}`, "
         f"{'' if guidance is None else f'guidance {guidance:g}, '}on one {first['device']}, {versions(first)}, "
-        f"{commits(rows, namer(rows))}{same}."
+        f"{commits(rows, _whole(rows))}{same}."
     )
+
+
+def _whole(rows: Sequence[Row]) -> Callable[[Row], str]:
+    """What names a row's cell where commits are told apart: the method alone if all of its cells are of one."""
+    cell, made = namer(rows), defaultdict(set)
+    for row in rows:
+        made[row["method"]].add((row["commit"], row["dirty"]))
+    return lambda row: row["method"] if len(made[row["method"]]) == 1 else cell(row)
 
 
 def namer(rows: Sequence[Row]) -> Callable[[Row], str]:

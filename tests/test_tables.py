@@ -194,10 +194,12 @@ def of_another_commit(**values):
 
 def test_methods_of_two_commits_share_a_table_if_their_dense_clips_do():
     text = markdown([DENSE, row(**UNTIMED), of_another_commit()], "some")
-    assert "commit `cccccccccccc`, but `dddddddddddd` (svg2 0.75); the dense clips of all are the same bytes." in text
+    assert "commit `cccccccccccc`, but `dddddddddddd` (svg2); the dense clips of all are the same bytes." in text
     assert markdown([DENSE, row(**UNTIMED), of_another_commit(dense_kernel="fa4")], "some") == text
     tied = row(reference_sha256="e" * 64, **UNTIMED)
-    assert "commit `cccccccccccc`, but `dddddddddddd` (svg2 0.75)" in markdown([tied, of_another_commit()], "some")
+    assert "commit `cccccccccccc`, but `dddddddddddd` (svg2)" in markdown([tied, of_another_commit()], "some")
+    partly = [DENSE, row(**UNTIMED), row("svg2", sparsity=0.5, **UNTIMED), of_another_commit()]
+    assert "commit `cccccccccccc`, but `dddddddddddd` (svg2 0.75)" in markdown(partly, "some")
 
 
 @pytest.mark.parametrize(
