@@ -86,7 +86,7 @@ def page(runs: Sequence[Path], limit: int, damaged: list[str] | None = None) -> 
         if not media.fits(*pair, around=400):
             continue
         try:
-            _, fps = map(_fps, pair)
+            _, fps = map(media.fps, pair)
         except ValueError as error:
             damaged.append(str(error))
             data["about"].append(f"Left out: {error}")
@@ -128,6 +128,7 @@ class Media:
         self.held: dict[str, str] = {}
         self.left = 0
         self._known: dict[Path, str] = {}
+        self._rates: dict[str, float] = {}
 
     def fits(self, *paths: Path, around: int = 0) -> bool:
         """Whether files that are not held yet, as base64, and `around` bytes are no more than is left."""
@@ -141,6 +142,12 @@ class Media:
         self.left -= self._cost(new, around)
         self.held |= {key: base64.b64encode(path.read_bytes()).decode() for key, path in new.items()}
         return [self.key(path) for path in paths]
+
+    def fps(self, path: Path) -> float:
+        """As `_fps`, of a file's content once."""
+        if (key := self.key(path)) not in self._rates:
+            self._rates[key] = _fps(path)
+        return self._rates[key]
 
     def _new(self, paths: Sequence[Path]) -> dict[str, Path]:
         return {key: path for path in paths if (key := self.key(path)) not in self.held}

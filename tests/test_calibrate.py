@@ -196,6 +196,24 @@ def test_what_cannot_be_calibrated_is_refused(configured, knobbed, tmp_path, cap
         assert f"sparsity must be numbers in (0, 1), separated by commas, got {text}\n" in capsys.readouterr().err
 
 
+def test_an_interrupt_keeps_what_was_found_and_says_so(knobbed, monkeypatch, tmp_path, capsys):
+    """The second sparsity is interrupted; the first one's row lies in the file."""
+    solve = calibrate.solve
+
+    def once(*arguments, sparsity, **named):
+        if sparsity > 0.5:
+            raise KeyboardInterrupt
+        return solve(*arguments, sparsity=sparsity, **named)
+
+    config = knobbed()
+    monkeypatch.setattr(calibrate, "compose", lambda *_: config)
+    monkeypatch.setattr(calibrate, "solve", once)
+    assert calibrate.main(["method=xattention", "sparsity=0.5,0.75"]) == 130
+    assert "draftbench: interrupted; the rows found so far are kept" in capsys.readouterr().err
+    (entry,) = read(tmp_path / "found.yaml")
+    assert [row["sparsity"] for row in entry["rows"]] == [0.5]
+
+
 def test_the_shipped_files_use_prompts_and_seeds_of_no_table():
     used = set()
     for path in (ROOT / "results" / "records").glob("*.jsonl"):

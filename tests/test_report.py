@@ -67,6 +67,13 @@ def test_everything_is_in_one_file_and_nothing_is_fetched(sweep, capsys):
     assert report.page([sweep], 10**7) == report.page([sweep], 10**7)
 
 
+def test_a_video_that_several_clips_show_is_decoded_once(sweep, monkeypatch):
+    decoded, decode = [], report._fps
+    monkeypatch.setattr(report, "_fps", lambda path: decoded.append(path) or decode(path))
+    text, _ = report.page([sweep], 10**7)
+    assert len(decoded) == len(data(text)["media"]) - 2  # all but the heat map and the side-by-side picture
+
+
 def test_a_page_over_its_limit_samples_the_clips_and_says_so(sweep, capsys):
     whole, _ = report.page([sweep], 10**7)
     limit = len(whole.encode()) - 3000
