@@ -254,7 +254,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         schema.check(config)
         print(calibrate(config, sparsities))
     except KeyboardInterrupt:
-        print("draftbench: interrupted; the rows found so far are kept, the same command finds the rest", file=sys.stderr)
+        print(
+            "draftbench: interrupted; the rows found so far are kept, the same command finds the rest", file=sys.stderr
+        )
         return 130
     except Exception as error:
         from .cli import message
