@@ -7,7 +7,6 @@ source, since neither says how good a clip of the larger model is.
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,8 @@ from .estimate_tables import off
 from .method_tables import check_same, grouped, incomplete, provenance
 from .tabular import canvas, label, named, ok, save
 
-NEAR = 0.7  # of dense's time: a name on the right of such a point would lie on its line
+# Where a name may stand, in points of type right of (left, if below 0) and above its point; the first that is free.
+PLACES = ((3, -9), (3, 3), (-3, -9), (-3, 3), (3, 12), (3, -18), (-3, 12), (-3, -18))
 METRIC, LABEL = "psnr_db", "PSNR dB to dense"
 
 
@@ -109,12 +109,6 @@ def figure(drawing: Drawing, path: Path, digest: str) -> None:
             if own:
                 axes.errorbar(**_line(own), label=None if level else method, color=f"C{number % 10}",
                               marker="os^Dvx"[number // 10 % 6], markersize=4, linewidth=1, capsize=2)  # fmt: skip
-        for place, point in enumerate(sorted(points, key=lambda point: point.ms[1])):
-            text = point.method if level else f"{point.sparsity:.0%}"
-            near = NEAR < point.ms[1] / (dense or math.inf) < 1  # of the point, for dense lies on its right
-            axes.annotate(text, (point.ms[1], point.quality.mean), fontsize=7,
-                          xytext=(-3 if near else 3, 3 if place % 2 else -9),  # below and above in turn
-                          ha="right" if near else "left", textcoords="offset points")  # fmt: skip
         if dense:
             axes.axvline(dense, color="k", linestyle="--", linewidth=1, label="dense")
         axes.set(title=shape + level, xscale="log", xlabel=time, ylabel=quality)
@@ -125,7 +119,35 @@ def figure(drawing: Drawing, path: Path, digest: str) -> None:
         if dense or not level:
             axes.legend(fontsize=7)
     picture.suptitle(drawing.about, fontsize=7)
+    picture.draw_without_rendering()  # the axes have their size only now
+    for axes, panel in zip(picture.axes, drawing.panels, strict=True):
+        one = len({point.sparsity for point in panel.points}) == 1
+        _write(axes, {point: point.method if one else f"{point.sparsity:.0%}" for point in panel.points})
     save(picture, path, digest)
+
+
+def _write(axes: Any, names: Mapping[Point, str]) -> None:
+    """Write a name at each point, inside and on no other name, point, line of dense's or legend, if there is room."""
+    from matplotlib.transforms import Bbox
+
+    spots = [axes.transData.transform((point.ms[1], point.quality.mean)) for point in names]
+    taken = [Bbox([spot - 4, spot + 4]) for spot in spots]
+    taken += [line.get_window_extent().padded(1) for line in axes.lines if line.get_label() == "dense"]
+    taken += [axes.get_legend().get_window_extent()] if axes.get_legend() else []
+    for point, name in names.items():
+        notes = [
+            axes.annotate(name, (point.ms[1], point.quality.mean), place, fontsize=7,
+                          ha="right" if place[0] < 0 else "left", textcoords="offset points")
+            for place in PLACES
+        ]  # fmt: skip
+        boxes = [note.get_window_extent() for note in notes]
+        hidden = [sum(box.overlaps(other) for other in taken) + (axes.bbox.count_contains(box.corners()) < 4)
+                  for box in boxes]  # fmt: skip
+        best = notes[hidden.index(min(hidden))]
+        taken.append(best.get_window_extent())
+        for note in notes:
+            if note is not best:
+                note.remove()
 
 
 def about(cells: Sequence[Row], times: Sequence[Row], shapes: Mapping[str, Sequence[Point]]) -> str:

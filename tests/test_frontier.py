@@ -79,12 +79,24 @@ def test_each_axis_names_its_source(tmp_path, monkeypatch):
         axes.get_ylabel().endswith("first 25% of steps dense")
         and "dense" not in other.get_ylabel().split("to dense")[1]
     )
-    assert {text.get_text(): text.get_ha() for text in axes.texts} == {
-        "draft": "left",
-        "oracle": "right",
-        "sta": "left",
-    }
     assert "`" not in drawn[1].get_suptitle() and "sta (uniform windows)." in drawn[1].get_suptitle()
+
+
+def test_names_lie_apart_and_inside(monkeypatch, tmp_path):
+    """Of four methods in one spot, and of one beside dense's line and the right edge."""
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k))[1])
+    methods = ["draft", "jenga", "sparge", "sta_searched"]
+    cells = [cell("dense", 0.0), *two("oracle"), *(one for method in methods for one in two(method))]
+    times = [timed("oracle", ms=8.9), *(timed(method, ms=2 + i / 20) for i, method in enumerate(methods))]
+    frontier.figure(frontier.drawing(cells, times, ("a", "b"), RULE), tmp_path / "a.png", "abc")
+    axes = drawn[0].axes[0]
+    boxes = [text.get_window_extent() for text in axes.texts]
+    (dense,) = (line for line in axes.lines if line.get_label() == "dense")
+    assert [text.get_text() for text in axes.texts] == sorted([*methods, "oracle"])
+    others = [*boxes, dense.get_window_extent(), axes.get_legend().get_window_extent()]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in others[i + 1 :])
+    assert all(axes.bbox.count_contains(box.corners()) == 4 for box in boxes)
 
 
 def test_it_is_drawn_once_both_files_are_there_and_again_when_what_it_is_made_of_changes(tmp_path, monkeypatch):
