@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
-from draftbench.kernels.triton import LIMIT, passes
+from draftbench.kernels.triton import LIMIT, passes, shared
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -32,13 +32,16 @@ WIDTH = 64  # channels a copy: 128 bytes, the widest swizzle
 def forward(
     q: Tensor, k: Tensor, v: Tensor, v_text: Tensor | None, out: Tensor, lse: Tensor, rows: Tensor, counts: Tensor,
     whole: Tensor, blocks: Tensor, starts: Tensor, grid: tuple[int, int, int], box: tuple[int, int, int], text: int,
-    stages: int,
+    stages: int, loose: bool = False, order: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Attention of q, k, v [B, S, H, D], heads and channels side by side, over kept blocks into out and lse [B, H, S].
 
     rows: the order in which a head's query blocks start, int32 [B * H, blocks]. counts, whole, blocks: kept key blocks
     of each query block, the first `whole` of them of 128 tokens. starts: int32 [B, blocks + 1]. v_text: values of text
     [B, text, H, D], finite also where it is padding; None takes them from v.
+    loose: blocks lie anywhere in one row of tokens, text among them, as `schedule` names them by start and size; then
+    starts are those of query blocks, int32 [B, H or 1, blocks + 1], and out and lse get row i at token order[i], int64
+    [B or 1, H or 1, S], or at i.
     """
     batch, length, heads, dim = q.shape
     half = (box[0] // 2, *box[1:]) if box[0] > 1 else (1, box[1] // 2, box[2]) if box[1] > 1 else (1, 1, box[2] // 2)
@@ -49,15 +52,18 @@ def forward(
         behind[2] = _text(v_text, text, math.prod(box))
     scale = math.log2(math.e) / math.sqrt(dim)
     cut = tuple(n % b != 0 for n, b in zip(grid, box, strict=True))
+    starts = starts if starts.dim() == 3 else starts[:, None]
+    strides = (*shared(starts), *((0, 0) if order is None else shared(order)))
     # A counter of query blocks taken for each launch, and the flags; aligned to 16 bytes, or Triton compiles anew.
     scratch = torch.zeros(8 + counts.numel() + 1, dtype=torch.int32, device=q.device)
     programs = min(counts.numel(), torch.cuda.get_device_properties(q.device).multi_processor_count)
     for launch, (running, flagged) in enumerate(passes(q.dtype)):
         attention[(programs,)](
-            *video, *behind, lse, rows, counts, whole, blocks, starts, scratch[4 * launch :], scratch[8:],
-            scale, batch * heads, heads, counts.shape[2], blocks.shape[-1], length, *grid,
-            BOX=box, CUT=cut, HALF=half, D=dim, STAGES=stages, RUNNING=running, FLAGGED=flagged, num_warps=4,
-            maxnreg=168,
+            *video, *behind, out, lse, rows, counts, whole, blocks, starts, starts if order is None else order,
+            scratch[4 * launch :], scratch[8:],
+            scale, batch * heads, heads, counts.shape[2], blocks.shape[-1], length, *grid, *strides,
+            BOX=box, CUT=cut, HALF=half, D=dim, STAGES=stages, RUNNING=running, FLAGGED=flagged, LOOSE=loose,
+            ORDERED=order is not None, num_warps=4, maxnreg=168,
         )  # fmt: skip
 
 
@@ -78,18 +84,27 @@ def _text(x: Tensor, text: int, tokens: int) -> TensorDescriptor:
 
 
 @gluon.jit
-def _corner(block, grid, BOX: gl.constexpr):
-    """The first token (t, y, x) of a box."""
+def _corner(block, grid, BOX: gl.constexpr, LOOSE: gl.constexpr):
+    """The first token (t, y, x) of a box, or of a loose block in one row."""
     _, Y, X = grid
     columns = (X + BOX[2] - 1) // BOX[2]
     in_frame = (Y + BOX[1] - 1) // BOX[1] * columns
-    return block // in_frame * BOX[0], block % in_frame // columns * BOX[1], block % columns * BOX[2]
+    t = block // in_frame * BOX[0]
+    y = block % in_frame // columns * BOX[1]
+    x = block % columns * BOX[2]
+    if LOOSE:
+        t = gl.to_tensor(0)
+        y = gl.to_tensor(0)
+        x = block >> 8
+    return t, y, x
 
 
 @gluon.jit
-def _part_corner(block, grid, BOX: gl.constexpr, PART: gl.constexpr, HALF: gl.constexpr):
+def _part_corner(
+    block, grid, BOX: gl.constexpr, PART: gl.constexpr, HALF: gl.constexpr, LOOSE: gl.constexpr,
+):  # fmt: skip
     """The first token of a box, or of its half PART where HALF is the half's box."""
-    t, y, x = _corner(block, grid, BOX)
+    t, y, x = _corner(block, grid, BOX, LOOSE)
     if BOX[0] != HALF[0]:
         t += PART * HALF[0]
     if BOX[1] != HALF[1]:
@@ -100,10 +115,18 @@ def _part_corner(block, grid, BOX: gl.constexpr, PART: gl.constexpr, HALF: gl.co
 
 
 @gluon.jit
-def _real(block, place, starts, grid, boxes, BOX: gl.constexpr, CUT: gl.constexpr):
+def _real(block, place, starts, grid, boxes, BOX: gl.constexpr, CUT: gl.constexpr, LOOSE: gl.constexpr):
     """Which places of a block hold a token, by one comparison where it will do; CUT: axes whose last box is smaller."""
+    if LOOSE:
+        return place < (block & 255)
+    else:
+        return _real_of_box(block, place, starts, grid, boxes, BOX, CUT)
+
+
+@gluon.jit
+def _real_of_box(block, place, starts, grid, boxes, BOX: gl.constexpr, CUT: gl.constexpr):
     T, Y, X = grid
-    t, y, x = _corner(block, grid, BOX)
+    t, y, x = _corner(block, grid, BOX, False)
     limit = gl.load(starts + block + 1) - gl.load(starts + block)  # of a text block
     y_end = gl.to_tensor(BOX[1])
     x_end = gl.to_tensor(BOX[2])
@@ -132,11 +155,11 @@ def _real(block, place, starts, grid, boxes, BOX: gl.constexpr, CUT: gl.constexp
 @gluon.jit
 def _copy_in(
     video, text, tile, barrier, block, b, column, grid, boxes,
-    BOX: gl.constexpr, PART: gl.constexpr, HALF: gl.constexpr, D: gl.constexpr,
+    BOX: gl.constexpr, PART: gl.constexpr, HALF: gl.constexpr, D: gl.constexpr, LOOSE: gl.constexpr,
 ):  # fmt: skip
     """Start copying a block, or half PART of it where HALF is its box, into a tile."""
     ROWS: gl.constexpr = HALF[0] * HALF[1] * HALF[2]
-    t, y, x = _part_corner(block, grid, BOX, PART, HALF)
+    t, y, x = _part_corner(block, grid, BOX, PART, HALF, LOOSE)
     for i in gl.static_range(D // 64):
         piece = tile.slice(i * 64, 64, dim=1)
         if block < boxes:
@@ -153,6 +176,22 @@ def _list_of(job, lists):
     item = job // q_blocks
     block = gl.load(ROWS + job)
     return item, block, item.to(gl.int64) * q_blocks + block
+
+
+@gluon.jit
+def _of_item(shared, b, h):
+    """Where the numbers of an item's head begin: (pointer, strides over items and heads, 0 where they are shared)."""
+    pointer, s_b, s_h = shared
+    return pointer + b.to(gl.int64) * s_b + h * s_h
+
+
+@gluon.jit
+def _named(block, starts, LOOSE: gl.constexpr):
+    """A query block as the lists name key blocks: by its number, or by its first token and size."""
+    if LOOSE:
+        start = gl.load(starts + block)
+        block = start * 256 + gl.load(starts + block + 1) - start
+    return block
 
 
 @gluon.jit
@@ -173,9 +212,12 @@ def _wanted(job, TAKEN, lists, FLAGGED: gl.constexpr):
 @gluon.jit
 def _copies(
     arguments, BOX: gl.constexpr, HALF: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, FLAGGED: gl.constexpr,
+    LOOSE: gl.constexpr,
 ):  # fmt: skip
     """The group that hands out query blocks and starts copies, step after step as slots fall empty."""
-    q_video, k_video, v_video, q_text, k_text, v_text, TAKEN, tiles, barriers, mail, lists, grid, boxes = arguments
+    q_video, k_video, v_video, q_text, k_text, v_text, TAKEN, STARTS, tiles, barriers, mail, lists, grid, boxes = (
+        arguments
+    )
     q_tile, k_tiles, v_tiles = tiles
     q_full, q_empty, full, empty, mail_full, mail_empty, _ = barriers
     _, COUNTS, _, BLOCKS, _, heads, _, capacity, total = lists
@@ -194,6 +236,7 @@ def _copies(
         item, block, row = _list_of(job, lists)
         b = item // heads
         column = item % heads * D
+        block = _named(block, _of_item(STARTS, b, item % heads), LOOSE)
         count = gl.load(COUNTS + row)
         blocks = BLOCKS + row * capacity
         kept = gl.load(blocks)
@@ -209,33 +252,22 @@ def _copies(
                 mbarrier.expect(ready, 2 * BYTES, pred=both)
                 mbarrier.expect(ready, BYTES, pred=both ^ True)
                 if j < count:
-                    _copy_in(k_video, k_text, k_tiles.index(slot), ready, kept, b, column, grid, boxes, BOX, 0, BOX, D)
+                    _copy_in(
+                        k_video, k_text, k_tiles.index(slot), ready, kept, b, column, grid, boxes, BOX, 0, BOX, D, LOOSE
+                    )
             if j == 0:
                 for part in gl.static_range(2):
                     mbarrier.wait(q_empty.index(part), (n & 1) ^ 1)
                     mbarrier.expect(q_full.index(part), BYTES // 2)
                     half = q_tile.slice(part * M, M, dim=0)
-                    _copy_in(
-                        q_video, q_text, half, q_full.index(part), block, b, column, grid, boxes, BOX, part, HALF, D
-                    )
+                    ready = q_full.index(part)
+                    _copy_in(q_video, q_text, half, ready, block, b, column, grid, boxes, BOX, part, HALF, D, LOOSE)
             else:
                 step = at + j
                 slot = step % STAGES
-                _copy_in(
-                    v_video,
-                    v_text,
-                    v_tiles.index(slot),
-                    full.index(slot),
-                    before,
-                    b,
-                    column,
-                    grid,
-                    boxes,
-                    BOX,
-                    0,
-                    BOX,
-                    D,
-                )
+                ready = full.index(slot)
+                values = v_tiles.index(slot)
+                _copy_in(v_video, v_text, values, ready, before, b, column, grid, boxes, BOX, 0, BOX, D, LOOSE)
             before = kept
             kept = after
         at += gl.where(count > 0, count + 1, 0)
@@ -280,7 +312,7 @@ def _row_max(x, layout: gl.constexpr):
 def _step(
     one, known, state, at, j,
     MASKED: gl.constexpr, RUNNING: gl.constexpr, BOX: gl.constexpr, CUT: gl.constexpr, STAGES: gl.constexpr,
-    dtype: gl.constexpr,
+    LOOSE: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
     """Scores of kept block j, values of block j - 1: both products start, the softmax runs while the second does."""
     q, k_tiles, v_tiles, q_full, full, empty, n, scale, zero, mine, other = one
@@ -297,7 +329,7 @@ def _step(
     mbarrier.arrive(other)
     s = warpgroup_mma_wait(1, deps=[s])
     if MASKED:
-        real = _real(gl.load(blocks + j), places, starts, grid, boxes, BOX, CUT)
+        real = _real(gl.load(blocks + j), places, starts, grid, boxes, BOX, CUT, LOOSE)
         s = gl.where(real[None, :], s, -float("inf"))
     if RUNNING:
         new = gl.maximum(top, _row_max(s, rows) * scale)
@@ -317,11 +349,11 @@ def _step(
 @gluon.jit
 def _rows(
     arguments, PART: gl.constexpr, BOX: gl.constexpr, CUT: gl.constexpr, HALF: gl.constexpr, D: gl.constexpr,
-    STAGES: gl.constexpr, RUNNING: gl.constexpr, dtype: gl.constexpr,
+    STAGES: gl.constexpr, RUNNING: gl.constexpr, LOOSE: gl.constexpr, ORDERED: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
     """A group that holds half PART of the query rows."""
-    out_video, out_text, LSE, STARTS, scale, length, tiles, barriers, mail, lists, grid, boxes = arguments
-    _, COUNTS, WHOLE, BLOCKS, AGAIN, heads, q_blocks, capacity, jobs = lists
+    out_video, out_text, OUT, LSE, STARTS, ORDER, scale, length, tiles, barriers, mail, lists, grid, boxes = arguments
+    _, COUNTS, WHOLE, BLOCKS, AGAIN, heads, _, capacity, jobs = lists
     q_tile, k_tiles, v_tiles = tiles
     q_full, q_empty, full, empty, mail_full, mail_empty, turns = barriers
     N: gl.constexpr = BOX[0] * BOX[1] * BOX[2]
@@ -333,6 +365,7 @@ def _rows(
     places = gl.arange(0, N, layout=gl.SliceLayout(0, s_layout))
     q = q_tile.slice(PART * M, M, dim=0)
     zero = gl.zeros([M, N], gl.float32, s_layout)
+    T, Y, X = grid
     n = gl.to_tensor(0)
     at = gl.to_tensor(0)
     job = _next(mail, mail_full, mail_empty, n)
@@ -343,7 +376,8 @@ def _rows(
         count = gl.load(COUNTS + row)
         whole = gl.load(WHOLE + row)
         blocks = BLOCKS + row * capacity
-        starts = STARTS + b * (q_blocks + 1)
+        starts = _of_item(STARTS, b, h)
+        block = _named(block, starts, LOOSE)
         lse = LSE + item.to(gl.int64) * length
         o = gl.zeros([M, D], gl.float32, o_layout)
         top = gl.full([M], -float("inf"), gl.float32, rows_layout)
@@ -356,7 +390,8 @@ def _rows(
             s = warpgroup_mma_wait(0, deps=[s])
             mbarrier.arrive(empty.index(slot))
             if whole == 0:
-                s = gl.where(_real(gl.load(blocks), places, starts, grid, boxes, BOX, CUT)[None, :], s, -float("inf"))
+                real = _real(gl.load(blocks), places, starts, grid, boxes, BOX, CUT, LOOSE)
+                s = gl.where(real[None, :], s, -float("inf"))
             top = _row_max(s, rows_layout) * scale  # finite: a block in the list has a token
             p32 = gl.exp2(s * scale - top[:, None])
             sums = _in_thread_sum(p32)
@@ -368,12 +403,12 @@ def _rows(
             state = (o, p, decay, sums, top)
             pairs = gl.maximum(whole - 1, 0) // 2  # two steps at once: p and its successor swap registers
             for i in range(pairs):
-                state = _step(one, known, state, at, 1 + 2 * i, False, RUNNING, BOX, CUT, STAGES, dtype)
-                state = _step(one, known, state, at, 2 + 2 * i, False, RUNNING, BOX, CUT, STAGES, dtype)
+                state = _step(one, known, state, at, 1 + 2 * i, False, RUNNING, BOX, CUT, STAGES, LOOSE, dtype)
+                state = _step(one, known, state, at, 2 + 2 * i, False, RUNNING, BOX, CUT, STAGES, LOOSE, dtype)
             if 1 + 2 * pairs < whole:
-                state = _step(one, known, state, at, 1 + 2 * pairs, False, RUNNING, BOX, CUT, STAGES, dtype)
+                state = _step(one, known, state, at, 1 + 2 * pairs, False, RUNNING, BOX, CUT, STAGES, LOOSE, dtype)
             for j in range(gl.maximum(whole, 1), count):
-                state = _step(one, known, state, at, j, True, RUNNING, BOX, CUT, STAGES, dtype)
+                state = _step(one, known, state, at, j, True, RUNNING, BOX, CUT, STAGES, LOOSE, dtype)
             o, p, decay, sums, top = state
             slot = (at + count) % STAGES
             mbarrier.wait(full.index(slot), (at + count) // STAGES & 1)
@@ -385,29 +420,39 @@ def _rows(
             at += count + 1
             total = gl.convert_layout(gl.sum(sums, 1), rows_layout)
         place = PART * M + gl.arange(0, M, layout=rows_layout)
-        real = _real(block, place, starts, grid, boxes, BOX, CUT)
+        real = _real(block, place, starts, grid, boxes, BOX, CUT, LOOSE)
         if not RUNNING:
             over = real & ((total <= LIMIT) == 0)  # or no number
             gl.store(AGAIN + row + gl.zeros_like(place), 1, mask=over)
             gl.store(AGAIN + jobs + gl.zeros_like(place), 1, mask=over)
         held = gl.convert_layout(real & (total != 0.0), gl.SliceLayout(1, o_layout))  # what is no number stays so
         o = o / gl.convert_layout(total, gl.SliceLayout(1, o_layout))[:, None]
-        q.store(gl.where(held[:, None], o, 0.0).to(dtype))  # a place without a token may hold NaN
-        fence_async_shared()
-        T, Y, X = grid
-        t, y, x = _corner(block, grid, BOX)
-        token = ((t + place // (BOX[1] * BOX[2])) * Y + y + place // BOX[2] % BOX[1]) * X + x + place % BOX[2]
-        token = gl.where(block < boxes, token, T * Y * X + (block - boxes) * N + place)
-        t, y, x = _part_corner(block, grid, BOX, PART, HALF)
-        for i in gl.static_range(D // 64):
-            piece = q.slice(i * 64, 64, dim=1)
-            if block < boxes:
-                _store(out_video, [b, t, y, x, h * D + i * 64], piece)
-            else:
-                _store(out_text, [b, (block - boxes) * N + PART * M, h * D + i * 64], piece)
+        o = gl.where(held[:, None], o, 0.0).to(dtype)  # a place without a token may hold NaN
         value = gl.where(total != 0.0, (top + gl.log2(total)) * 0.6931471805599453, -float("inf"))
+        t, y, x = _corner(block, grid, BOX, LOOSE)
+        token = ((t + place // (BOX[1] * BOX[2])) * Y + y + place // BOX[2] % BOX[1]) * X + x + place % BOX[2]
+        if LOOSE:  # the rows behind a block are another's, so no copy of a whole tile
+            if ORDERED:
+                token = gl.load(_of_item(ORDER, b, h) + token, mask=real, other=0).to(gl.int32)
+            line = gl.convert_layout(token, gl.SliceLayout(1, o_layout))
+            inside = gl.convert_layout(real, gl.SliceLayout(1, o_layout))
+            channel = gl.arange(0, D, layout=gl.SliceLayout(0, o_layout))
+            base = OUT + ((b.to(gl.int64) * length + line) * heads + h) * D
+            gl.store(base[:, None] + channel[None, :], o, mask=inside[:, None])
+        else:
+            q.store(o)
+            fence_async_shared()
+            token = gl.where(block < boxes, token, T * Y * X + (block - boxes) * N + place)
+            t, y, x = _part_corner(block, grid, BOX, PART, HALF, LOOSE)
+            for i in gl.static_range(D // 64):
+                piece = q.slice(i * 64, 64, dim=1)
+                if block < boxes:
+                    _store(out_video, [b, t, y, x, h * D + i * 64], piece)
+                else:
+                    _store(out_text, [b, (block - boxes) * N + PART * M, h * D + i * 64], piece)
         gl.store(lse + token, value, mask=real)
-        tma.store_wait(0)
+        if not LOOSE:
+            tma.store_wait(0)
         mbarrier.arrive(q_empty.index(PART))
         n += 1
         job = _next(mail, mail_full, mail_empty, n)
@@ -415,10 +460,10 @@ def _rows(
 
 @gluon.jit
 def attention(
-    q_video, k_video, v_video, out_video, q_text, k_text, v_text, out_text, LSE, ROWS, COUNTS, WHOLE, BLOCKS, STARTS,
-    TAKEN, AGAIN, scale, items, heads, q_blocks, capacity, length, T, Y, X,
+    q_video, k_video, v_video, out_video, q_text, k_text, v_text, out_text, OUT, LSE, ROWS, COUNTS, WHOLE, BLOCKS,
+    STARTS, ORDER, TAKEN, AGAIN, scale, items, heads, q_blocks, capacity, length, T, Y, X, s_b, s_h, o_b, o_h,
     BOX: gl.constexpr, CUT: gl.constexpr, HALF: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    RUNNING: gl.constexpr, FLAGGED: gl.constexpr,
+    RUNNING: gl.constexpr, FLAGGED: gl.constexpr, LOOSE: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
     """The whole kernel.
 
@@ -454,17 +499,36 @@ def attention(
     mbarrier.arrive(turns.index(0))  # half 0 begins
     grid = (T, Y, X)
     boxes = ((T + BOX[0] - 1) // BOX[0]) * ((Y + BOX[1] - 1) // BOX[1]) * ((X + BOX[2] - 1) // BOX[2])
+    if LOOSE:
+        boxes = gl.to_tensor(2147483647)  # names are no numbers, and none is of text apart
     total = items * q_blocks
     if FLAGGED:
         total = gl.where(gl.load(AGAIN + total) > 0, total, 0)
     lists = (ROWS, COUNTS, WHOLE, BLOCKS, AGAIN, heads, q_blocks, capacity, total)
-    ours = (out_video, out_text, LSE, STARTS, scale, length, tiles, barriers, mail, lists, grid, boxes)
-    theirs = (q_video, k_video, v_video, q_text, k_text, v_text, TAKEN, tiles, barriers, mail, lists, grid, boxes)
+    starts = (STARTS, s_b, s_h)
+    order = (ORDER, o_b, o_h)
+    ours = (out_video, out_text, OUT, LSE, starts, order, scale, length, tiles, barriers, mail, lists, grid, boxes)
+    theirs = (
+        q_video,
+        k_video,
+        v_video,
+        q_text,
+        k_text,
+        v_text,
+        TAKEN,
+        starts,
+        tiles,
+        barriers,
+        mail,
+        lists,
+        grid,
+        boxes,
+    )
     gl.warp_specialize(
         [
-            (_rows, (ours, 0, BOX, CUT, HALF, D, STAGES, RUNNING, dtype)),
-            (_rows, (ours, 1, BOX, CUT, HALF, D, STAGES, RUNNING, dtype)),
-            (_copies, (theirs, BOX, HALF, D, STAGES, FLAGGED)),
+            (_rows, (ours, 0, BOX, CUT, HALF, D, STAGES, RUNNING, LOOSE, ORDERED, dtype)),
+            (_rows, (ours, 1, BOX, CUT, HALF, D, STAGES, RUNNING, LOOSE, ORDERED, dtype)),
+            (_copies, (theirs, BOX, HALF, D, STAGES, FLAGGED, LOOSE)),
         ],
         [4, 1],
         [240, 24],

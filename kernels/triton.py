@@ -13,7 +13,7 @@ import contextvars
 import functools
 import math
 import os
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import triton
@@ -46,8 +46,8 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, layout: Layout) -> tuple[Te
     batch, length, heads, dim = q.shape
     with part("order"):
         q_order, kv_order = (permutation(order, layout, q.device) for order in (plan.q_order, plan.kv_order))
-        q, k, v = (_ordered(x, order) for x, order in ((q, q_order), (k, kv_order), (v, kv_order)))
-        rows, counts, whole, blocks = schedule(plan, layout, batch, starts=True)
+        q, k, v = (ordered(x, order) for x, order in ((q, q_order), (k, kv_order), (v, kv_order)))
+        rows, counts, whole, blocks = schedule(plan, layout, batch, "start")
     out = torch.zeros(batch, length, heads, dim, dtype=q.dtype, device=q.device)
     lse = torch.full((batch, heads, length), -torch.inf, dtype=torch.float32, device=q.device)
     m = min(128 if q.element_size() == 2 else 64, max(16, triton.next_power_of_2(plan.q_block)))
@@ -60,7 +60,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, layout: Layout) -> tuple[Te
             _with_scratch, forward,
             q, k, v, out, lse, q_starts, kv_starts, rows, counts, whole, blocks, again,
             math.log2(math.e) / math.sqrt(dim), heads, q_blocks, kv_starts.shape[-1] - 1, blocks.shape[-1], length,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_shared(q_starts), *_shared(kv_starts),
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *shared(q_starts), *shared(kv_starts),
             D=dim, M=m, Q_TILES=q_tiles, KV_BLOCK=plan.kv_block, RUNNING=running, FLAGGED=flagged,
             UPCAST=INTERPRETED and q.dtype != torch.float32, PRECISION="ieee",
         )  # fmt: skip
@@ -88,35 +88,39 @@ def _with_scratch(launch: Any, *arguments: Any, **options: Any) -> None:
     launch(*arguments, **options)
 
 
-def schedule(plan: Plan, layout: Layout, batch: int, starts: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def schedule(
+    plan: Plan, layout: Layout, batch: int, names: Literal["number", "start", "start and size"] = "number"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(rows, counts, whole, blocks): in which order query blocks start, and their lists, blocks of full size first.
 
     rows: int32 [B * H, q_blocks], those with the most keys first, so that none is left for the end, and as they lie
     where they have as many (rows side by side keep more of the same keys); heads stay in turn, for the keys in L2.
     counts, whole: int32 [B, H, q_blocks], kept blocks that have a token, and how many of them are of `plan.kv_block`
-    tokens; with `starts` the lists name these by their first token. No synchronisation.
+    tokens. names: what stands for a block in the lists, its number; "start": of a whole one its first token; "start and
+    size": of each its first token times 2^8, and its size, of at most 128 tokens. No synchronisation.
     """
     counts, blocks = plan.counts.contiguous(), plan.blocks.contiguous()
     whole = counts
-    if starts or not even(plan, layout, batch):
+    if names != "number" or not even(plan, layout, batch):
         offsets = plan.kv_offsets.contiguous()
         q_blocks, heads = counts.shape[2], counts.shape[1]
         counts, whole, blocks = (torch.empty_like(x) for x in (counts, counts, blocks))
         _whole_first[(q_blocks, batch * heads)](
             plan.counts.contiguous(), plan.blocks.contiguous(), offsets, counts, whole, blocks,
-            heads, q_blocks, blocks.shape[-1], *_shared(offsets), SIZE=plan.kv_block, CHUNK=1024, NAMED=not starts,
+            heads, q_blocks, blocks.shape[-1], *shared(offsets), SIZE=plan.kv_block, CHUNK=1024, NAMES=names,
             num_warps=4,
         )  # fmt: skip
     return counts.flatten(0, 1).argsort(dim=-1, descending=True, stable=True).int(), counts, whole, blocks
 
 
-def _ordered(x: Tensor, order: Tensor | None) -> Tensor:
+def ordered(x: Tensor, order: Tensor | None) -> Tensor:
+    """x [B, S, H, D] in an order of `permutation`, as the copy engine can read it."""
     if order is not None:
         return take(x, order)
     return x if side_by_side(x) else x.contiguous()
 
 
-def _shared(x: Tensor) -> tuple[int, int]:
+def shared(x: Tensor) -> tuple[int, int]:
     """Strides over items and heads, 0 where the axis is shared."""
     return (x.stride(0) if len(x) > 1 else 0, x.stride(1) if x.shape[1] > 1 else 0)
 
@@ -140,7 +144,7 @@ def _tuned(half: bool, kv_block: int) -> Any:
 @triton.jit
 def _whole_first(
     COUNTS, BLOCKS, STARTS, KEPT, WHOLE, OUT, heads, rows, capacity, s_b, s_h,
-    SIZE: tl.constexpr, CHUNK: tl.constexpr, NAMED: tl.constexpr,
+    SIZE: tl.constexpr, CHUNK: tl.constexpr, NAMES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1).to(tl.int64) * rows + tl.program_id(0)
     starts = STARTS + tl.program_id(1) // heads * s_b + tl.program_id(1) % heads * s_h
@@ -155,7 +159,11 @@ def _whole_first(
             chosen = (size < SIZE) & (size > 0) if smaller else size == SIZE
             chosen = chosen & (at < count)
             place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-            what = block if NAMED or smaller else start
+            what = block
+            if NAMES == "start and size":
+                what = start * 256 + size
+            elif NAMES == "start" and not smaller:
+                what = start
             tl.store(OUT + row * capacity + written + place, what, mask=chosen)
             written += tl.sum(chosen.to(tl.int32), 0)
         tl.store((KEPT if smaller else WHOLE) + row, written)

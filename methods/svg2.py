@@ -63,7 +63,8 @@ class SVG2(Knobbed):
             keys, k_owner = self.cut(order[1], sizes[1])
             n, m = q_owner.shape[-1], k_owner.shape[-1]
             kept = mask.gather(2, q_owner[..., None].expand(-1, -1, -1, mask.shape[-1]))
-            kept = kept.gather(3, k_owner[:, :, None].expand(-1, -1, n, m)) & (keys.sizes > 0)[:, :, None]
+            kept = kept.gather(3, k_owner[:, :, None].expand(-1, -1, n, m))
+            kept &= (queries.sizes > 0)[..., None] & (keys.sizes > 0)[:, :, None]
         return cut_plan(kept, queries, keys, call)
 
     def cluster(self, x: Tensor, name: str, call: Call) -> tuple[Tensor, Tensor, Tensor]:

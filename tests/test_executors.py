@@ -61,6 +61,24 @@ def cluster_plan(layout, text, heads):
     return Plan(q_starts, kv_starts, *kept, max(q_block, 32), max(kv_block, 32), q_order, kv_order)
 
 
+def loose_plan(layout, text, heads, density=0.4):
+    """SVG2's clusters as it cuts them: blocks of 0 to 128 tokens, of queries and of keys in orders of their own."""
+    generator = torch.Generator().manual_seed(6)
+    shape = len(text), heads
+
+    def side():
+        order = torch.rand(*shape, layout.video, generator=generator).argsort(-1)
+        more = torch.randint(-64, 65, (*shape, layout.video // 128, 1), generator=generator)
+        more[..., ::3, :] = 64  # whole blocks beside empty ones
+        sizes = torch.cat([64 + more, 64 - more], -1).flatten(2)
+        sizes = torch.nn.functional.pad(sizes, (0, 1), value=layout.video % 128)
+        return Index(order.to(DEVICE)), offsets(sizes.to(DEVICE), layout, text, 128)
+
+    (q_order, q_starts), (kv_order, kv_starts) = side(), side()
+    kept = lists(q_starts.shape[-1] - 1, kv_starts.shape[-1] - 1, *shape, density, 7)
+    return Plan(q_starts, kv_starts, *kept, 128, 128, q_order, kv_order)
+
+
 def uneven_plan(layout, text, heads):
     """SpargeAttn's shape: query blocks of 128, key blocks of 64, no reordering."""
     starts = [offsets(even_sizes(layout.video, n, DEVICE), layout, text, n) for n in (128, 64)]
@@ -84,6 +102,7 @@ CASES = {
     "one_block": ((1, 4, 8), 1, lambda l, t, h: box_plan(l, t, Box(1, 4, 8), h)),
     "clusters": ((2, 8, 10), 17, cluster_plan),
     "uneven": ((2, 9, 16), 17, uneven_plan),
+    "loose": ((3, 9, 16), 17, loose_plan),
 }
 
 
@@ -224,6 +243,28 @@ def test_what_is_computed_again_on_a_gpu(executor):
     never_again(executor, 64, (3, 9, 20), 77, Box(1, 8, 16))
 
 
+@pytest.mark.parametrize("names", ["start", "start and size"])
+def test_lists_name_blocks_by_their_tokens(names):
+    """Whole blocks first, then the smaller ones, empty ones in neither part."""
+    from draftbench.kernels.triton import schedule
+
+    layout, _, _, _, _, plan = inputs(*CASES["loose"], torch.float32)
+    rows, counts, whole, blocks = schedule(plan, layout, 2, names)
+    assert (rows.sort(-1).values == torch.arange(plan.counts.shape[2], device=DEVICE)).all()
+    assert (counts.flatten(0, 1).gather(1, rows.long()).diff(dim=-1) <= 0).all()
+    seen = set()
+    for b, h, row in itertools.product(*map(range, plan.counts.shape)):
+        starts = plan.kv_offsets[b, h].tolist()
+        sizes = [end - start for start, end in itertools.pairwise(starts)]
+        kept = [block for block in plan.blocks[b, h, row].tolist()[: plan.counts[b, h, row]] if sizes[block]]
+        kept.sort(key=lambda block: sizes[block] < 128)
+        seen |= {sizes[block] == 128 for block in kept}
+        named = [(starts[x] * 256 + sizes[x]) if "size" in names else x if sizes[x] < 128 else starts[x] for x in kept]
+        assert counts[b, h, row] == len(kept) and whole[b, h, row] == sum(sizes[x] == 128 for x in kept)
+        assert blocks[b, h, row, : len(kept)].tolist() == named
+    assert seen == {True, False}
+
+
 @pytest.mark.skipif(GPU or not shutil.which("g++"), reason="on a CPU, with a compiler")
 @pytest.mark.parametrize("name", ["even", "clusters"])
 def test_flex_on_a_cpu(name):
@@ -349,7 +390,7 @@ def test_what_fa4_is_given(monkeypatch, grid, box, text, batch):
 
 # On a GPU: pairs of these; all of them as `on_gpu` says.
 AXES = {
-    "block": [64, 128],
+    "block": ["loose", 64, 128],
     "dim": [64, 128],
     "dtype": [torch.bfloat16, torch.float16, torch.float32],
     "grid": ["even", "ragged_t", "ragged_h", "ragged_w", "one_frame", "one_block"],
@@ -371,7 +412,7 @@ BOXES = {
 }
 
 
-HOPPER = AXES | {"block": [128, "8x16", "stacked", "plain"], "dtype": [torch.bfloat16, torch.float16]}
+HOPPER = AXES | {"block": [128, "8x16", "stacked", "plain", "loose"], "dtype": [torch.bfloat16, torch.float16]}
 FLEX = {name: values[-1:] if name in ("block", "batch", "text") else values[:2] for name, values in AXES.items()}
 
 
@@ -386,7 +427,8 @@ def gpu_case(executor, block, dim, dtype, grid, text, kept, batch):
     layout, heads = Layout(GRIDS[grid], text), 2
     lengths = torch.tensor([text, max(0, text - 70)][:batch], device=DEVICE)
     density = {"full": 2.0, "unequal": 0.5}.get(kept, 0.3)
-    plan = box_plan(layout, lengths, BOXES[block], heads, density)
+    plan = loose_plan(layout, lengths, heads, density) if block == "loose" else None
+    plan = plan or box_plan(layout, lengths, BOXES[block], heads, density)
     if kept == "one":
         plan.counts.clamp_(max=1)
     if kept == "unequal":
@@ -427,7 +469,7 @@ def test_gluon_on_a_gpu(block, dim, dtype, grid, text, kept, batch):
     gpu_case(run("gluon"), block, dim, dtype, grid, text, kept, batch)
 
 
-@on_gpu(**HOPPER | {"block": [128, "8x16", 256, "plain"]})
+@on_gpu(**HOPPER | {"block": [128, "8x16", 256, "plain", "loose"]})
 def test_fa4_on_a_gpu(block, dim, dtype, grid, text, kept, batch):
     gpu_case(run("fa4"), block, dim, dtype, grid, text, kept, batch)
 
