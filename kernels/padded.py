@@ -7,6 +7,8 @@ synchronises with the host.
 from __future__ import annotations
 
 import torch
+from draftbench.kernels.devices import on_device_of
+from draftbench.kernels.select import fast
 from torch import Tensor
 
 from ..attention import Plan
@@ -42,6 +44,11 @@ def take(x: Tensor, tokens: Tensor) -> Tensor:
     """Rows of x [B, S, H, D] at tokens [B or 1, H or 1, P] -> [B, P, H, D], contiguous."""
     batch, length, heads, dim = x.shape
     if tokens.shape[1] > 1:
+        if fast(x) and not dim & (dim - 1):
+            from draftbench.kernels import gather
+
+            with on_device_of(x):
+                return gather.rows(x, tokens)
         return x.gather(1, tokens.transpose(1, 2)[..., None].expand(batch, -1, heads, dim))
     if len(tokens) == 1:
         return x.index_select(1, tokens[0, 0])
