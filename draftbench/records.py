@@ -117,6 +117,9 @@ def upgrade(record: Mapping[str, Any]) -> dict[str, Any]:
     lacking: dict[str, Any] = {name: None for name in _fields(record) if name not in record}
     if "lpips_net" in lacking:
         lacking["lpips_net"] = "alex"  # whose weights came along, and the setting unless asked otherwise
+    settings = record.get("method_settings")
+    if isinstance(settings, dict) and settings.get("calibration"):  # a path, which is of one machine
+        record = {**record, "method_settings": settings | {"calibration": None}}
     return {**lacking, **record, "schema_version": SCHEMA_VERSION}
 
 

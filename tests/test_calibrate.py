@@ -90,7 +90,7 @@ def test_a_run_reads_what_was_calibrated_and_its_record_says_so(knobbed, tmp_pat
     (record,) = run.job(knobbed(), tmp_path / "after")
     found = record["method_settings"]["calibrated"]
     assert found["prompts"] == ["walk forward in the lamp hall"] and found["seeds"] == [7, 8]
-    assert found["value"] == entry["rows"][0]["value"]
+    assert found["value"] == entry["rows"][0]["value"] and record["method_settings"]["calibration"] is None
     assert abs(record["sparsity_achieved"] - 0.5) < 0.05  # a tiny random model, another prompt
     with pytest.raises(ValueError, match=r"has no calibrated method.tau for pocket at 5x8x12, 2 steps"):
         schema.method(other := knobbed("method.stride=8")).meet(schema.check_job(other), schema.parts(other))

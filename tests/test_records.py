@@ -266,6 +266,12 @@ ABSENT = {  # what records of an older version do not have
 }
 
 
+def test_where_a_calibration_lay_is_not_read():
+    settings = {"top_p": None, "calibration": "/somewhere/svg2.yaml", "calibrated": {"value": 0.5}}
+    row = records.new(cell_id="c0", status="ok") | {"method_settings": settings}
+    assert records.upgrade(row)["method_settings"] == settings | {"calibration": None}
+
+
 @pytest.mark.parametrize("version", ABSENT)
 @pytest.mark.parametrize("kind", ["cell", "baseline", "attention", "step", "methods"])
 def test_a_record_of_an_older_version_is_read_as_one_of_this_version_and_promoted(tmp_path, monkeypatch, version, kind):
