@@ -18,7 +18,7 @@ from functools import lru_cache
 import numpy as np
 
 _CHUNK = 500  # draws at once
-_KEPT = 10**7  # counts or signs of one kind that are kept
+_KEPT = 10**8  # counts or signs of one kind that are kept, of two bytes
 Draw = Callable[[tuple[int, ...], int, int], Iterator[np.ndarray]]  # of the clips of each prompt, draws and seed
 
 
@@ -88,7 +88,7 @@ def _drawn(draw: Draw, sizes: tuple[int, ...], draws: int, seed: int) -> Iterato
         yield part.astype(float)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=4)  # of a page whose cells have the same clips: counts, and turns of their prompts
 def _kept(draw: Draw, sizes: tuple[int, ...], draws: int, seed: int) -> list[np.ndarray]:
     return list(draw(sizes, draws, seed))
 

@@ -102,7 +102,7 @@ def _all(config: DictConfig) -> int:
         files[readme_path] = readme(readme_path.read_text(), {name: short(group) for name, group in by_name.items()})
     pictures = _pictures(config, {source.stem: source for source in rows}, by_name)
     stale = [path for path, text in files.items() if not path.is_file() or path.read_text() != text]
-    stale += [path for path, (digest, _) in pictures.items() if _drawn_from(path) != digest]
+    stale += [path for path, (digest, _) in pictures.items() if tabular.drawn_from(path) != digest]
     for path in stale:
         if config.check:
             print(f"{path} is out of date; run `make tables`", file=sys.stderr)
@@ -201,17 +201,6 @@ def _digest(draws: ModuleType, *sources: Path, settings: str = "") -> str:
     for path in (*sources, *(Path(str(module.__file__)) for module in (draws, tabular))):
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
-
-
-def _drawn_from(path: Path) -> str | None:
-    """The digest in a picture's metadata."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as picture:
-            return picture.info.get("digest")
-    except OSError:
-        return None
 
 
 def _kind(rows: Rows) -> str:

@@ -119,7 +119,7 @@ def test_it_is_drawn_once_both_files_are_there_and_again_when_what_it_is_made_of
         twice = [tmp_path / f"{number}.png" for number in (0, 1)]
         for one in twice:
             draw(one, digest)
-        assert twice[0].read_bytes() == twice[1].read_bytes() and tables._drawn_from(twice[0]) == digest, picture
+        assert twice[0].read_bytes() == twice[1].read_bytes() and tabular.drawn_from(twice[0]) == digest, picture
     digests = [made()[path][0], made(tables._configured([figures, "contrasts.draws=5000"]))[path][0]]
     files[names[1]].write_text("other")
     digests.append(made()[path][0])
