@@ -120,7 +120,7 @@ def digest(frames: Tensor) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Tell or clear; returns the exit code, 1 if something could not be deleted."""
+    """Tell or clear; returns the exit code, 1 if something could not be deleted, 2 for what is no cache."""
     from omegaconf import OmegaConf
 
     config = OmegaConf.create((files("draftbench.conf") / "config.yaml").read_text(encoding="utf-8"))
@@ -130,6 +130,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cells", action="store_true", help="clear the index of finished cells too: all run again")
     options = parser.parse_args(argv)
     folder = options.cache.expanduser()
+    if folder.exists() and not folder.is_dir():
+        print(f"draftbench: --cache must be a folder, got {folder}", file=sys.stderr)
+        return 2
     frames = FrameCache(folder / "frames")
     cells = list((folder / "cells").glob("*.json"))
     clips = frames.clips()

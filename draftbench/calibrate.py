@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import kernels, schema
 from .attention import Call, Request, Session
-from .environment import drop_working_folder
+from .environment import alone, drop_working_folder, resolve_device
 from .kernels import dense
 from .knob import (
     FARTHEST,
@@ -252,7 +252,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with initialize_config_module("draftbench.conf", version_base="1.3"):
             config = compose("calibrate", [item for item in given if not item.startswith("sparsity=")])
         schema.check(config)
-        print(calibrate(config, sparsities))
+        with alone(resolve_device(config.device)):
+            print(calibrate(config, sparsities))
     except KeyboardInterrupt:
         print(
             "draftbench: interrupted; the rows found so far are kept, the same command finds the rest", file=sys.stderr

@@ -18,6 +18,7 @@ from .method_tables import Row, check_same, provenance, summary
 from .tabular import Column, Page, Table
 
 Quoted: TypeAlias = Sequence[Mapping[str, str]]  # one number a line, as `read` gives them
+COLUMNS = ("model", "method", "sparsity", "quantity", "value", "source")  # of a file of quoted numbers
 _X100 = ("ssim", "lpips")
 _OWN = ("clips", "psnr_db", *_X100, "density_effective", "generate_s", "speedup_generate")
 
@@ -38,9 +39,24 @@ class Paper:
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The quoted numbers: model, method, sparsity, quantity, value and source, as they are written."""
+    """The quoted numbers: model, method, sparsity, quantity, value and source, as they are written.
+
+    Raises ValueError, naming the file and the line, for one without these columns, a number that is none, or no line.
+    """
     with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+        rows = csv.DictReader(file)
+        if lacking := [name for name in COLUMNS if name not in (rows.fieldnames or ())]:
+            raise ValueError(f"{path} must have the columns {', '.join(COLUMNS)}; it lacks {', '.join(lacking)}")
+        quoted = list(rows)
+    for number, line in enumerate(quoted, 2):
+        for name in ("sparsity", "value"):
+            try:
+                float(line[name])
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}, line {number}: {name} must be a number, got {line[name]!r}") from error
+    if not quoted:
+        raise ValueError(f"{path} has no line of numbers")
+    return quoted
 
 
 def page(name: str, paper: Paper, quoted: Quoted, rows: Sequence[Row]) -> Page:

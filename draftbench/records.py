@@ -77,6 +77,13 @@ KINDS = {
     "step": STEP,
     "methods": METHODS,
 }  # others are of FIELDS and LATER
+# What a table cannot do without.
+NEEDED = {
+    "cell": ("model", "weights_hash", "method", "prompt", "seed", "sparsity", "grid"),
+    "attention": ("shape", "mask", "sparsity", "contestant"),
+    "step": ("what", "case", "contestant"),
+    "methods": ("shape", "method", "sparsity"),
+}
 
 
 def new(**values: Any) -> dict[str, Any]:
@@ -130,6 +137,16 @@ def _check_types(record: Mapping[str, Any]) -> None:
             value = record.get(name)
             if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
                 raise ValueError(f"{name} must be {what} or null, got {value!r}")
+
+
+def check_whole(record: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming it, for what a table needs and a record lacks."""
+    kind = record.get("kind")
+    if kind not in NEEDED:
+        raise ValueError(f"kind must be one of {', '.join(NEEDED)}, got {kind!r}")
+    for name in (*NEEDED[kind], "device", "versions", "commit", "status"):
+        if record.get(name) is None:
+            raise ValueError(f"it has no {name}")
 
 
 def missed(sparsity: float, achieved: float) -> str | None:
@@ -225,13 +242,15 @@ def read(path: Path | str) -> dict[str, Any]:
     return record
 
 
-def read_all(paths: Iterable[Path | str], damaged: list[str] | None = None) -> list[dict[str, Any]]:
+def read_all(
+    paths: Iterable[Path | str], damaged: list[str] | None = None, whole: bool = False
+) -> list[dict[str, Any]]:
     """The records of `files(paths)`, of this version.
 
-    Raises FileNotFoundError for a path that does not exist, ValueError naming the file for what is no record; given
-    `damaged`, the message goes there and the good records come back.
+    Raises FileNotFoundError for a path that does not exist, ValueError naming the file for what is no record, or lacks
+    what a table needs if they are to be `whole`; given `damaged`, the message goes there and the good ones come back.
     """
-    return [record for path in files(paths) for record in parse(path, damaged)]
+    return [record for path in files(paths) for record in parse(path, damaged, whole)]
 
 
 def files(paths: Iterable[Path | str]) -> list[Path]:
@@ -244,14 +263,18 @@ def files(paths: Iterable[Path | str]) -> list[Path]:
         if not path.exists():
             raise FileNotFoundError(f"no such run folder or record: {path}")
         inside = sorted({*path.rglob("record*.json"), *path.rglob("*.jsonl")}) if path.is_dir() else [path]
+        inside = [f for f in inside if not f.is_dir()]
         found |= {f.resolve(): None for f in inside if path == f or "wandb" not in f.relative_to(path).parts}
     return list(found)
 
 
-def parse(path: Path, damaged: list[str] | None = None) -> list[dict[str, Any]]:
+def parse(path: Path, damaged: list[str] | None = None, whole: bool = False) -> list[dict[str, Any]]:
     """The records of one file, in a .jsonl one a line; errors as `read_all`, which name the line too."""
     found = []
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise OSError(error.errno, f"cannot read {path}: {error.strerror or error}") from error
     lines = data.splitlines() if path.suffix == ".jsonl" else [data]
     for number, line in enumerate(lines, 1):
         if path.suffix == ".jsonl" and not line.strip():
@@ -260,7 +283,10 @@ def parse(path: Path, damaged: list[str] | None = None) -> list[dict[str, Any]]:
             record = json.loads(line, parse_constant=_no_number, object_pairs_hook=_sorted)
             if not isinstance(record, dict):
                 raise ValueError("it is no object")
-            found.append(upgrade(record))
+            record = upgrade(record)
+            if whole:
+                check_whole(record)
+            found.append(record)
         except ValueError as error:  # of UTF-8, JSON or the version
             where = f"{path}, line {number}," if path.suffix == ".jsonl" else str(path)
             message = f"{where} is not a draftbench record: {error}"

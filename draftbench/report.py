@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     for line in damaged:
         print(f"draftbench: left out: {line}", file=sys.stderr)
+    if len(text.encode()) > options.limit * 1e6:
+        print(f"draftbench: the page is over --limit {options.limit:g}: its tables alone are", file=sys.stderr)
     print(f"{out}: {len(text.encode()) / 1e6:.1f} MB, {shown}")
     return int(bool(damaged))
 

@@ -60,7 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "paper" in config:
             name = next(a.partition("=")[2] for a in argv if a.startswith("paper="))
             damaged: list[str] = []
-            print(_paper(name, config, records.distinct(records.read_all([config.records], damaged))).markdown())
+            print(
+                _paper(
+                    name, config, records.distinct(records.read_all([config.records], damaged, whole=True))
+                ).markdown()
+            )
             return _tell(damaged)
         return _all(config)
     except Exception as error:
@@ -84,7 +88,13 @@ def _all(config: DictConfig) -> int:
     if not sources:
         raise ValueError(f"records must be a folder with .jsonl files, got {config.records}")
     damaged: list[str] = []
-    rows = {source: found for source in sources if (found := records.distinct(records.read_all([source], damaged)))}
+    rows = {
+        source: found
+        for source in sources
+        if (found := records.distinct(records.read_all([source], damaged, whole=True)))
+    }
+    for source in sorted(set(sources) - set(rows)):
+        print(f"draftbench: {source} holds no records that a table could take", file=sys.stderr)
     everything = [row for group in rows.values() for row in group]
     known = sorted({*options("method"), *(row["method"] for row in everything if row.get("method"))})
     for name in config.contrasts.against:
@@ -99,7 +109,11 @@ def _all(config: DictConfig) -> int:
     if len({made.name for made in pages}) < len(pages):
         raise ValueError("two pages have one name: rename a file of records or of quoted numbers")
     if (readme_path := Path(config.readme)).is_file():
-        files[readme_path] = readme(readme_path.read_text(), {name: short(group) for name, group in by_name.items()})
+        try:
+            text = readme_path.read_text(encoding="utf-8")
+        except ValueError as error:
+            raise ValueError(f"readme={readme_path} cannot be read: {error}") from error
+        files[readme_path] = readme(text, {name: short(group) for name, group in by_name.items()})
     pictures = _pictures(config, {source.stem: source for source in rows}, by_name)
     stale = [path for path, text in files.items() if not path.is_file() or path.read_text() != text]
     stale += [path for path, (digest, _) in pictures.items() if tabular.drawn_from(path) != digest]
@@ -119,6 +133,11 @@ def _all(config: DictConfig) -> int:
     for path in left if not damaged else []:  # what cannot be read may have made it
         print(f"{path} is made from none of the records in {config.records}; delete it", file=sys.stderr)
     return max(_tell(damaged), int(bool(config.check and (stale or left))))
+
+
+def _read(path: Path | str, damaged: list[str]) -> Rows:
+    """Every cell of a file or folder once; what no table could take is told in `damaged`."""
+    return records.distinct(records.read_all([path], damaged, whole=True))
 
 
 def _pictures(config: DictConfig, sources: dict[str, Path], rows: dict[str, Rows]) -> dict[Path, Picture]:
@@ -147,7 +166,12 @@ def _tell(damaged: list[str]) -> int:
 
 
 def check(rows: Rows, source: str) -> None:
-    """Raise ValueError, as `page` does, for records of one file that may not share a page."""
+    """Raise ValueError, as `page` does, for records of one file that may not share a page, or that no page can take."""
+    for row in rows:
+        try:
+            records.check_whole(row)
+        except ValueError as error:
+            raise ValueError(f"{source}: the record of cell {row.get('cell_id')}: {error}") from error
     if bench := DRAWN.get(_kind(rows)):
         bench.page(rows, source)
     else:
@@ -160,10 +184,21 @@ def page(source: Path, rows: Rows, config: DictConfig, again: Sequence[dict[str,
         made: Page = bench.page(rows, source.stem)
         return made
     notes = source.with_suffix(".diagnostics.json")
-    found = json.loads(notes.read_text()) if notes.is_file() else []
+    found = _notes(notes) if notes.is_file() else []
     rule = _rule(config)
     made = method_tables.page(rows, source.stem, rule, found)
     return replace(made, parts=[*made.parts, rank_tables.ranks(rows, again, source.stem, rule)]) if again else made
+
+
+def _notes(path: Path) -> list[dict[str, Any]]:
+    """The diagnostics of a file; ValueError naming it for one that holds none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not (isinstance(found, list) and all(isinstance(note, dict) and "cell_id" in note for note in found)):
+            raise ValueError("it is no list of diagnostics")
+    except ValueError as error:
+        raise ValueError(f"{path} holds no diagnostics: {error}") from error
+    return found
 
 
 def short(rows: Rows) -> str:

@@ -158,3 +158,9 @@ def test_the_command_tells_and_clears(tmp_path, capsys):
     assert cache_module.main(["clear", "--cells", *arguments]) == 0
     assert "deleted 0 reference clips, 0.00 GB and 1 finished cells" in capsys.readouterr().out
     assert not list(tmp_path.rglob("*.*"))
+
+
+def test_the_command_refuses_what_is_no_cache(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert cache_module.main(["clear", "--cache", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err == f"draftbench: --cache must be a folder, got {tmp_path / 'file'}\n"

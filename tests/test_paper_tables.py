@@ -123,3 +123,22 @@ def test_the_command_prints_and_writes_nothing(tmp_path, monkeypatch, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert tables.main(["paper=draft_attention", "records=run"]) == 2
     assert "draft_attention.csv" in capsys.readouterr().err
+
+
+HEAD = "model,method,sparsity,quantity,value,source\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,b\n", "must have the columns model, method, sparsity, quantity, value, source; it lacks model, method,"),
+        (HEAD, "has no line of numbers"),
+        (HEAD + "m,Draft,0.9,psnr_db,abc,Table 1\n", "line 2: value must be a number, got 'abc'"),
+        (HEAD + "m,Draft\n", "line 2: sparsity must be a number, got None"),
+    ],
+    ids=["columns", "empty", "number", "cut"],
+)
+def test_a_file_of_quoted_numbers_that_holds_none_is_named(tmp_path, text, message):
+    (tmp_path / "x.csv").write_text(text)
+    with pytest.raises(ValueError, match=rf"x\.csv.* {message}"):
+        paper_tables.read(tmp_path / "x.csv")

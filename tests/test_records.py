@@ -14,7 +14,10 @@ from draftbench import promote, records, tables
 
 
 def record(**values):
-    known = {"model": "pocket", "method": "draft", "sparsity": 0.9, "prompt": "turn left", "seed": 0}
+    known = {
+        "model": "pocket", "method": "draft", "sparsity": 0.9, "prompt": "turn left", "seed": 0,
+        "weights_hash": "b" * 64, "grid": [4, 8, 8], "device": "CPU", "versions": {"torch": "2.13"},
+    }  # fmt: skip
     return records.new(**known | {"cell_id": "c0", "status": "ok", "commit": "a" * 40, "dirty": False} | values)
 
 
@@ -183,7 +186,7 @@ def test_promote_sorts_keeps_failures_and_takes_the_last_run_of_a_cell(tmp_path,
         record(cell_id="a", sparsity=0.75, psnr_db=1.0, timestamp="2026-01-01T00:00:00+00:00"),
         record(cell_id="a", sparsity=0.75, psnr_db=2.0, timestamp="2026-01-02T00:00:00+00:00"),
         record(cell_id="a", sparsity=0.75, status="failed: killed", timestamp="2026-01-03T00:00:00+00:00"),
-        record(cell_id="d", method="dense", sparsity=None),
+        record(cell_id="d", method="dense", sparsity=0.0),
     )
     assert promote.main([str(folder), "--name", "first", "--out", str(tmp_path / "out")]) == 0
     assert "first.jsonl: 3 records, 1 failed" in capsys.readouterr().out
@@ -233,6 +236,13 @@ def test_promote_refuses_what_tables_would(tmp_path, capsys):
         assert promote.main([str(folder), "--name", "x", "--out", str(out), "--force"]) == 2
         assert capsys.readouterr().err == said and said.startswith("draftbench: x: ")
         assert source.read_text() == "before" and list(out.iterdir()) == [source]
+
+
+@pytest.mark.parametrize("name", ["kind", "versions", "sparsity"])
+def test_promote_refuses_what_no_table_could_take(tmp_path, name):
+    folder = run_folder(tmp_path, record(), record(cell_id="c1") | {name: None})
+    with pytest.raises(ValueError, match=f"^x: the record of cell c1: .*{name}"):
+        promote.promote([folder], "x", tmp_path / "out")
 
 
 def test_promote_refuses_newer_schemas_nothing_and_bad_names(tmp_path):

@@ -89,6 +89,14 @@ def test_a_page_over_its_limit_samples_the_clips_and_says_so(sweep, capsys):
     )
 
 
+def test_tables_over_the_limit_are_told(sweep, capsys):
+    assert report.main([str(sweep), "--limit=0.001"]) == 0
+    told = capsys.readouterr()
+    assert (
+        "draftbench: the page is over --limit 0.001: its tables alone are\n" == told.err and "0 of 4 clips" in told.out
+    )
+
+
 def test_nothing_but_damaged_records_is_refused_and_named(tmp_path, capsys):
     (tmp_path / "record.json").write_text("garbage")
     assert report.main([str(tmp_path)]) == 2

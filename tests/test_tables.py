@@ -325,13 +325,38 @@ def test_the_command_writes_checks_and_says_what_is_stale(tmp_path, capsys):
 def test_a_damaged_row_is_named_and_the_others_have_their_tables(tmp_path, capsys):
     (tmp_path / "in").mkdir()
     lines = [json.dumps(row(seed=seed, psnr=30.0 + seed)) for seed in (0, 1, 2)]
-    (tmp_path / "in" / "some.jsonl").write_text("\n".join([*lines[:2], lines[2][:99]]))
+    lacking = [json.dumps({"schema_version": 4, "kind": kind}) for kind in ("cell", "attention", "some")]
+    (tmp_path / "in" / "some.jsonl").write_text("\n".join([*lines[:2], lines[2][:99], *lacking]))
     (tmp_path / "in" / "none.jsonl").write_text("{")
     keys = [f"records={tmp_path / 'in'}", f"out={tmp_path / 'out'}", *NOWHERE]
     assert tables.main(keys) == 1 == tables.main([*keys, "--check"])
     error = capsys.readouterr().err
     assert "some.jsonl, line 3, is not a draftbench record" in error and "none.jsonl, line 1" in error
+    assert "line 4, is not a draftbench record: it has no model" in error and "line 5, is not a draft" in error
+    assert "line 6, is not a draftbench record: kind must be one of cell, attention, step, methods, got 'some'" in error
     assert line((tmp_path / "out" / "some.md").read_text(), "| 0.75 | draft | 2")[5] == "30.50 [30.00, 31.00]"
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"a": 1}'])
+def test_diagnostics_that_are_none_are_named(tmp_path, text, capsys):
+    (tmp_path / "some.jsonl").write_text(json.dumps(row()))
+    (tmp_path / "some.diagnostics.json").write_text(text)
+    assert tables.main([f"records={tmp_path}", *NOWHERE, f"out={tmp_path / 'out'}"]) == 2
+    assert f"{tmp_path / 'some.diagnostics.json'} holds no diagnostics: " in capsys.readouterr().err
+
+
+def test_what_cannot_be_read_is_named(tmp_path, capsys):
+    (tmp_path / "some.jsonl").write_text(json.dumps(row()))
+    (tmp_path / "none.jsonl").touch()
+    (tmp_path / "README.md").write_bytes(b"\xff")
+    keys = [f"records={tmp_path}", f"out={tmp_path / 'out'}", *NOWHERE]
+    assert tables.main([*keys, f"readme={tmp_path / 'README.md'}"]) == 2
+    told = capsys.readouterr().err
+    assert f"{tmp_path / 'none.jsonl'} holds no records that a table could take" in told
+    assert f"readme={tmp_path / 'README.md'} cannot be read: " in told
+    (tmp_path / "folder.jsonl").mkdir()
+    assert tables.main(keys) == 0 and [r["seed"] for r in records.read_all([tmp_path])] == [0]
+    assert f"{tmp_path / 'folder.jsonl'} holds no records that a table could take" in capsys.readouterr().err
 
 
 KILLED = """

@@ -17,6 +17,7 @@ import re
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...environment import commit
+from ...environment import alone, commit
 from .clips import HEIGHT, WIDTH, clips
 from .model import PocketConfig, PocketDiT
 from .prompts import LENGTH, MOTIONS, SCENES, sentence, tokens
@@ -311,10 +312,13 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(f"gpus must be from 1 to the {torch.cuda.device_count()} that torch sees, got {settings.gpus}")
     Path(settings.out).mkdir(parents=True, exist_ok=True)
     (Path(settings.out) / ".rendezvous").unlink(missing_ok=True)
-    if settings.gpus == 1:
-        worker(0, settings)
-    else:
-        mp.spawn(worker, (settings,), settings.gpus)
+    with ExitStack() as held:  # in one order, so that no two wait for one another
+        for rank in range(settings.gpus):
+            held.enter_context(alone(torch.device("cuda", rank)))
+        if settings.gpus == 1:
+            worker(0, settings)
+        else:
+            mp.spawn(worker, (settings,), settings.gpus)
 
 
 if __name__ == "__main__":
