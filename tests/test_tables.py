@@ -192,6 +192,13 @@ def of_another_commit(**values):
     return row("svg2", **UNTIMED | {"commit": "d" * 40, "reference_sha256": "e" * 64} | values)
 
 
+def test_times_of_several_jobs_are_told():
+    jobs = [row(seed=seed, baseline_id=f"b{seed}", speedup_generate=1.0 + seed) for seed in (0, 1)]
+    one = row("svg", baseline_id="b2")
+    said = "Of several jobs, the mean of theirs, each over its own dense timing: draft 0.75 (2)."
+    assert said in markdown([*jobs, one], "some") and "Of several jobs" not in markdown([jobs[0], one], "some")
+
+
 def test_methods_of_two_commits_share_a_table_if_their_dense_clips_do():
     text = markdown([DENSE, row(**UNTIMED), of_another_commit()], "some")
     assert "commit `cccccccccccc`, but `dddddddddddd` (svg2); the dense clips of all are the same bytes." in text
