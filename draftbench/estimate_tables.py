@@ -47,13 +47,14 @@ def short(rows: Sequence[Row]) -> Table:
         "achieved": lambda row: f"{row['sparsity_achieved']:.3f}{' *' if off(row) else ''}",
         "estimate, ms": lambda row: f"{spread(row, 'plan_ms')} ({row['plan_ms']['n']})",
         "share": "{share:.1%}", "first, ms": lambda row: number(row["first_plan_ms"]),
+        "executor": lambda row: ", ".join(row["executors_run"]),
         "kernel, ms": lambda row: spread(row, "kernel_ms"), "whole, ms": spread,
         "dense, ms": lambda row: number(row["dense"]["ms"]), "times over dense": "{speedup:.2f}",
         "GiB": "{peak_memory_gib:.2f}",
     }  # fmt: skip
     fields = (
         *("shape", "sparsity", "method", "sparsity_achieved", "plan_ms", "share", "first_plan_ms", "kernel_ms"),
-        *("ms", "dense", "speedup", "peak_memory_gib"),
+        *("ms", "dense", "speedup", "peak_memory_gib", "executors_run"),
     )
     found = sorted(filter(ok, rows), key=lambda row: (row["shape"], row["sparsity"], row["plan_ms"]["p50"]))
     return Table("short", columns, [{name: row[name] for name in fields} for row in found])

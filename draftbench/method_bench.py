@@ -41,9 +41,12 @@ STEP, STEPS = 5, 20  # of the first call; the timed ones are of the step after i
 
 
 def plan(config: DictConfig) -> list[tuple[str, list[str]]]:
-    """Each shape asked for and its methods; ValueError for an unknown one or what this machine cannot run."""
+    """Each shape asked for and its methods; ValueError or RuntimeError for what is unknown or cannot run here."""
     chosen = names("bench.methods", config.methods, methods(), methods())
-    return [(shape, chosen) for shape in shapes(config)]
+    found = [(shape, chosen) for shape in shapes(config)]
+    for shape, _ in found:
+        resolve(config.executor, torch.device(SHAPES[shape].device))
+    return found
 
 
 def methods() -> list[str]:
@@ -78,7 +81,7 @@ class Bench(Contest):
         for shape, chosen in jobs:
             self.requested = {
                 "shapes": [name for name, _ in jobs], "methods": chosen, "sparsities": list(self.config.sparsities),
-                "timings": RULE,
+                "timings": RULE, "executor": self.config.executor,
             }  # fmt: skip
             with torch.no_grad(), threads(SHAPES[shape].threads):
                 case = dense_case(SHAPES[shape], self.config.prompt, int(self.config.seed))
@@ -96,9 +99,9 @@ class Bench(Contest):
             **self.environment(shape.device),
         )  # fmt: skip
         keys = ("shape", "shape_settings", "source", "method", "sparsity", "device", "versions", "commit")
-        row["cell_id"] = records.cell_id({key: row[key] for key in keys})
+        row["cell_id"] = records.cell_id({key: row[key] for key in keys} | {"executor": self.config.executor})
         try:
-            self.time(Midway(case, made_for(shape, method, sparsity)), row)
+            self.time(Midway(case, made_for(shape, method, sparsity), self.config.executor), row)
             row["status"] = "ok"
         except OutOfReach as error:
             row["status"] = f"absent: {error}"
@@ -142,9 +145,9 @@ class Bench(Contest):
 class Midway:
     """A method in the middle of a clip of a case: what its first call left, and its sparsity met; raises OutOfReach."""
 
-    def __init__(self, case: Case, method: Method):
+    def __init__(self, case: Case, method: Method, executor: str = "auto"):
         self.case, self.method, self.state = case, method, dict[str, Any]()
-        self.execute = run(resolve("auto", case.q.device))
+        self.execute = run(resolve(executor, case.q.device))
         q, k, v = case.q, case.k, case.v
         if isinstance(method, Searched):
             grid, options = case.shape.grid, method.options(case.shape.grid, method.sparsity)

@@ -127,6 +127,7 @@ class Estimates(OnShapes):
 
     methods: Annotated[list[str], "a non-empty list of distinct methods", str.strip]
     sparsities: Annotated[list[float], "a non-empty list of distinct numbers in (0, 1)", lambda x: 0 < x < 1]
+    executor: Text
 
 
 @dataclasses.dataclass

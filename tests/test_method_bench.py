@@ -44,6 +44,14 @@ def test_every_method_has_its_times_or_its_reason(run):
     assert all(name in text for name in (*rows, "svg", "jenga"))
 
 
+def test_a_plan_runs_on_the_executor_that_is_asked_for(tmp_path):
+    argv = [*TINY, "bench.methods=draft", "bench.sparsities=0.6", "bench.executor=reference"]
+    assert bench.main([*argv, f"hydra.run.dir={tmp_path}"]) == 0
+    (row,) = records.read_all([tmp_path])
+    assert row["executors_run"] == ["reference"] and row["requested"]["executor"] == "reference"
+    assert "| reference |" in (tmp_path / "table.md").read_text()
+
+
 def test_what_a_method_keeps_between_steps_is_there_and_stays_as_it_was():
     case = method_bench.dense_case(method_bench.SHAPES["tiny"], "turn left", 0)
     one = method_bench.Midway(case, method_bench.made_for(case.shape, "re_ttention", 0.6))
@@ -82,6 +90,8 @@ def test_the_picture_and_rows_that_share_no_table(run, tmp_path, monkeypatch):
         ("bench.shapes=[nope]", "bench.shapes must be one of all, hunyuan_768p"),
         ("bench.prompt=fly", "bench.prompt: prompt has words pocket does not know"),
         ("bench.masks=[captured]", "unknown key bench.masks"),
+        ("bench.executor=nope", "executor must be one of auto, reference, cpu"),
+        ("bench.executor=fa4", "executor=fa4 cannot run here: it needs a"),
     ],
 )
 def test_what_is_wrong_is_refused_before_anything_runs(override, reason, capsys, tmp_path):
