@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import kernels, schema
 from .attention import Call, Request, Session
-from .environment import alone, drop_working_folder, resolve_device
+from .environment import alone, drop_working_folder
 from .kernels import dense
 from .knob import (
     FARTHEST,
@@ -179,20 +179,22 @@ def calibrate(config: DictConfig, sparsities: Sequence[float]) -> Path:
         raise OutOfReach("; ".join(beyond))
     for reason in beyond:  # before the long generations
         print(f"draftbench: left out: {reason}", file=sys.stderr)
-    if isinstance(method, Knobbed):
-        known = {row["value"]: row["achieved"] for row in rows}
-        find = functools.partial(solve, measure, ends=method.ends, known=known)
-    elif isinstance(method, Searched):
-        find = functools.partial(pick, method, searched(), model.grid)
-    else:
-        raise TypeError(f"{type(method).__name__} must be Knobbed or Searched")
-    for sparsity in wanted:
-        try:
-            value, achieved = find(sparsity=sparsity)
-        except OutOfReach as error:
-            beyond.append(str(error))
-            continue
-        _write(method.path, entry | {"rows": [{"sparsity": sparsity, "value": value, "achieved": round(achieved, 5)}]})
+    with alone(model.device):  # only now: what is refused, or there already, waits for no run
+        if isinstance(method, Knobbed):
+            known = {row["value"]: row["achieved"] for row in rows}
+            find = functools.partial(solve, measure, ends=method.ends, known=known)
+        elif isinstance(method, Searched):
+            find = functools.partial(pick, method, searched(), model.grid)
+        else:
+            raise TypeError(f"{type(method).__name__} must be Knobbed or Searched")
+        for sparsity in wanted:
+            try:
+                value, achieved = find(sparsity=sparsity)
+            except OutOfReach as error:
+                beyond.append(str(error))
+                continue
+            row = {"sparsity": sparsity, "value": value, "achieved": round(achieved, 5)}
+            _write(method.path, entry | {"rows": [row]})
     if beyond:
         raise OutOfReach("; ".join(beyond))
     return method.path
@@ -252,8 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with initialize_config_module("draftbench.conf", version_base="1.3"):
             config = compose("calibrate", [item for item in given if not item.startswith("sparsity=")])
         schema.check(config)
-        with alone(resolve_device(config.device)):
-            print(calibrate(config, sparsities))
+        print(calibrate(config, sparsities))
     except KeyboardInterrupt:
         print(
             "draftbench: interrupted; the rows found so far are kept, the same command finds the rest", file=sys.stderr

@@ -8,6 +8,8 @@ dense exceptions, sparsity, method) is in none of them.
 from __future__ import annotations
 
 import csv
+import io
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,17 +45,26 @@ def read(path: Path) -> list[dict[str, str]]:
 
     Raises ValueError, naming the file and the line, for one without these columns, a number that is none, or no line.
     """
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = csv.DictReader(file)
-        if lacking := [name for name in COLUMNS if name not in (rows.fieldnames or ())]:
-            raise ValueError(f"{path} must have the columns {', '.join(COLUMNS)}; it lacks {', '.join(lacking)}")
-        quoted = list(rows)
-    for number, line in enumerate(quoted, 2):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
+    rows = csv.DictReader(io.StringIO(text, newline=""))
+    if lacking := [name for name in COLUMNS if name not in (rows.fieldnames or ())]:
+        raise ValueError(f"{path} must have the columns {', '.join(COLUMNS)}; it lacks {', '.join(lacking)}")
+    quoted = []
+    for line in rows:
+        where = f"{path}, line {rows.line_num}"
+        if empty := [name for name in COLUMNS if not line[name]]:
+            raise ValueError(f"{where}: it has no {', '.join(empty)}")
         for name in ("sparsity", "value"):
             try:
-                float(line[name])
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {number}: {name} must be a number, got {line[name]!r}") from error
+                number = math.isfinite(float(line[name]))
+            except ValueError:
+                number = False
+            if not number:
+                raise ValueError(f"{where}: {name} must be a number, got {line[name]!r}")
+        quoted.append(line)
     if not quoted:
         raise ValueError(f"{path} has no line of numbers")
     return quoted

@@ -77,12 +77,16 @@ KINDS = {
     "step": STEP,
     "methods": METHODS,
 }  # others are of FIELDS and LATER
-# What a table cannot do without.
+# What a table cannot do without, of any row, and of one whose status is ok.
 NEEDED = {
     "cell": ("model", "weights_hash", "method", "prompt", "seed", "sparsity", "grid"),
-    "attention": ("shape", "mask", "sparsity", "contestant"),
-    "step": ("what", "case", "contestant"),
-    "methods": ("shape", "method", "sparsity"),
+    "attention": ("shape", "shape_settings", "mask", "sparsity", "contestant", "contestant_kind", "source", "budget_s"),
+    "step": ("what", "case", "contestant", "model", "model_settings", "grid", "compiled", "dense_layers", "requested"),
+    "methods": ("shape", "method", "sparsity", "source", "budget_s"),
+}
+MEASURED = {
+    "attention": ("ms", "kept_pairs", "sparsity_achieved"),
+    "methods": ("ms", "plan_ms", "kernel_ms", "dense", "executors_run", "share", "speedup", "sparsity_achieved"),
 }
 
 
@@ -124,10 +128,15 @@ def upgrade(record: Mapping[str, Any]) -> dict[str, Any]:
     lacking: dict[str, Any] = {name: None for name in _fields(record) if name not in record}
     if "lpips_net" in lacking:
         lacking["lpips_net"] = "alex"  # whose weights came along, and the setting unless asked otherwise
-    settings = record.get("method_settings")
-    if isinstance(settings, dict) and settings.get("calibration"):  # a path, which is of one machine
-        record = {**record, "method_settings": settings | {"calibration": None}}
-    return {**lacking, **record, "schema_version": SCHEMA_VERSION}
+    placed = {"method_settings": placeless(record["method_settings"])} if record.get("method_settings") else {}
+    return {**lacking, **record, **placed, "schema_version": SCHEMA_VERSION}
+
+
+def placeless(settings: Any) -> Any:
+    """A method's settings, and those of a method it holds, without where a calibration lies: a path of one machine."""
+    if not isinstance(settings, Mapping):
+        return settings
+    return {name: None if name == "calibration" else placeless(value) for name, value in settings.items()}
 
 
 def _check_types(record: Mapping[str, Any]) -> None:
@@ -144,7 +153,8 @@ def check_whole(record: Mapping[str, Any]) -> None:
     kind = record.get("kind")
     if kind not in NEEDED:
         raise ValueError(f"kind must be one of {', '.join(NEEDED)}, got {kind!r}")
-    for name in (*NEEDED[kind], "device", "versions", "commit", "status"):
+    measured = MEASURED.get(str(kind), ()) if record.get("status") == "ok" else ()
+    for name in (*NEEDED[kind], *measured, "device", "versions", "commit", "status"):
         if record.get(name) is None:
             raise ValueError(f"it has no {name}")
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .records import missed_by
+from .records import cell_id, missed_by
 
 # What `means` averages, with the head and the format of its column.
 MEASURES = {
@@ -69,8 +69,9 @@ def differing(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for row in rows:
         own = row["variant"]
         said = [name for name in names[row["model"], row["method"], level(row)] if name in own]
-        # A calibration's own account is long, and what it is of differs beside it.
-        words.append(" ".join(f"{name}={own[name]}" for name in said if not isinstance(own[name], Mapping)))
+        plain = [f"{name}={own[name]}" for name in said if not isinstance(own[name], Mapping)]
+        # A calibration's account is long: what it is of mostly differs beside it, and else a digest tells two apart.
+        words.append(" ".join(plain or [f"{name}={cell_id(own[name])[:8]}" for name in said if own[name]]))
     return words
 
 

@@ -60,11 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "paper" in config:
             name = next(a.partition("=")[2] for a in argv if a.startswith("paper="))
             damaged: list[str] = []
-            print(
-                _paper(
-                    name, config, records.distinct(records.read_all([config.records], damaged, whole=True))
-                ).markdown()
-            )
+            print(_paper(name, config, _read(config.records, damaged)).markdown())
             return _tell(damaged)
         return _all(config)
     except Exception as error:
@@ -88,11 +84,7 @@ def _all(config: DictConfig) -> int:
     if not sources:
         raise ValueError(f"records must be a folder with .jsonl files, got {config.records}")
     damaged: list[str] = []
-    rows = {
-        source: found
-        for source in sources
-        if (found := records.distinct(records.read_all([source], damaged, whole=True)))
-    }
+    rows = {source: found for source in sources if (found := _read(source, damaged))}
     for source in sorted(set(sources) - set(rows)):
         print(f"draftbench: {source} holds no records that a table could take", file=sys.stderr)
     everything = [row for group in rows.values() for row in group]

@@ -20,7 +20,7 @@ def rows(x: Tensor, tokens: Tensor) -> Tensor:
     tokens = tokens.expand(batch, heads, -1)
     places = tokens.shape[-1]
     out = x.new_empty(batch, places, heads, dim)
-    _rows[(heads, triton.cdiv(places, TOKENS), batch)](
+    _rows[(heads * triton.cdiv(places, TOKENS), batch)](
         x, tokens, out, places, heads, *x.stride()[:3], *tokens.stride(), D=dim, TOKENS=TOKENS
     )
     return out
@@ -28,9 +28,9 @@ def rows(x: Tensor, tokens: Tensor) -> Tensor:
 
 @triton.jit
 def _rows(X, WHERE, OUT, places, heads, x_b, x_s, x_h, w_b, w_h, w_p, D: tl.constexpr, TOKENS: tl.constexpr):
-    h = tl.program_id(0)  # the fastest, so that programs side by side write one token's channels
-    b = tl.program_id(2).to(tl.int64)
-    place = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    h = (tl.program_id(0) % heads).to(tl.int64)  # the fastest: programs side by side write one token's channels
+    b = tl.program_id(1).to(tl.int64)
+    place = tl.program_id(0) // heads * TOKENS + tl.arange(0, TOKENS)
     real = place < places
     token = tl.load(WHERE + b * w_b + h * w_h + place * w_p, mask=real, other=0).to(tl.int64)
     d = tl.arange(0, D)

@@ -54,7 +54,7 @@ def refuse(q: Tensor, plan: Plan) -> str | None:
     if plan.q_block != BLOCK or plan.kv_block != BLOCK:
         return f"blocks must be of {BLOCK} tokens, got {plan.q_block} and {plan.kv_block}"
     if q.shape[1] >= LONGEST and not _in_boxes(plan):
-        return f"blocks that are no boxes in turn must be of fewer than {LONGEST} tokens, got {q.shape[1]}"
+        return f"of blocks that are no boxes in turn it takes fewer than {LONGEST} tokens in all, got {q.shape[1]}"
     return None
 
 
@@ -84,7 +84,10 @@ def _boxes(q: Tensor, k: Tensor, v: Tensor, plan: Plan, layout: Layout) -> tuple
 
 
 def _loose(q: Tensor, k: Tensor, v: Tensor, plan: Plan, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Any blocks of at most 128 tokens, brought side by side first; the kernel puts the output back."""
+    """Any blocks of at most 128 tokens, brought side by side first; the kernel puts the output back.
+
+    Behind a smaller block its neighbour's tokens are read and have weight 0, so values must be finite.
+    """
     from draftbench.kernels.gluon_forward import forward
     from draftbench.kernels.triton import ordered, schedule
 
@@ -96,7 +99,8 @@ def _loose(q: Tensor, k: Tensor, v: Tensor, plan: Plan, layout: Layout) -> tuple
         q, k, v = (ordered(x, order) for x, order in ((q, q_order), (k, kv_order), (v, kv_order)))
         q, k, v = (x if x.stride(2) == x.shape[3] else x.contiguous() for x in (q, k, v))
         if layout.text and not even(plan, layout, batch):
-            v = torch.cat([v[:, : layout.video], v[:, layout.video :].masked_fill(_padding(plan, layout), 0)], 1)
+            v = v.clone() if kv_order is None else v  # a gathered one is ours
+            v[:, layout.video :].masked_fill_(_padding(plan, layout), 0)
         rows, counts, whole, blocks = schedule(plan, layout, batch, "start and size")
     starts = plan.q_offsets.contiguous()
     line, box = (1, 1, length), (1, 1, BLOCK)

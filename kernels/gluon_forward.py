@@ -37,8 +37,8 @@ def forward(
     """Attention of q, k, v [B, S, H, D], heads and channels side by side, over kept blocks into out and lse [B, H, S].
 
     rows: the order in which a head's query blocks start, int32 [B * H, blocks]. counts, whole, blocks: kept key blocks
-    of each query block, the first `whole` of them of 128 tokens. starts: int32 [B, blocks + 1]. v_text: values of text
-    [B, text, H, D], finite also where it is padding; None takes them from v.
+    of each query block, the first `whole` of them of 128 tokens. starts: int32 [B, 1, blocks + 1]. v_text: values of
+    text [B, text, H, D], finite also where it is padding; None takes them from v.
     loose: blocks lie anywhere in one row of tokens, text among them, as `schedule` names them by start and size; then
     starts are those of query blocks, int32 [B, H or 1, blocks + 1], and out and lse get row i at token order[i], int64
     [B or 1, H or 1, S], or at i.
@@ -52,7 +52,6 @@ def forward(
         behind[2] = _text(v_text, text, math.prod(box))
     scale = math.log2(math.e) / math.sqrt(dim)
     cut = tuple(n % b != 0 for n, b in zip(grid, box, strict=True))
-    starts = starts if starts.dim() == 3 else starts[:, None]
     strides = (*shared(starts), *((0, 0) if order is None else shared(order)))
     # A counter of query blocks taken for each launch, and the flags; aligned to 16 bytes, or Triton compiles anew.
     scratch = torch.zeros(8 + counts.numel() + 1, dtype=torch.int32, device=q.device)

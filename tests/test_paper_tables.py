@@ -134,9 +134,10 @@ HEAD = "model,method,sparsity,quantity,value,source\n"
         ("a,b\n", "must have the columns model, method, sparsity, quantity, value, source; it lacks model, method,"),
         (HEAD, "has no line of numbers"),
         (HEAD + "m,Draft,0.9,psnr_db,abc,Table 1\n", "line 2: value must be a number, got 'abc'"),
-        (HEAD + "m,Draft\n", "line 2: sparsity must be a number, got None"),
+        (HEAD + "\nm,Draft,0.9,psnr_db,nan,Table 1\n", "line 3: value must be a number, got 'nan'"),
+        (HEAD + "m,Draft\n", "line 2: it has no sparsity, quantity, value, source"),
     ],
-    ids=["columns", "empty", "number", "cut"],
+    ids=["columns", "empty", "number", "finite", "cut"],
 )
 def test_a_file_of_quoted_numbers_that_holds_none_is_named(tmp_path, text, message):
     (tmp_path / "x.csv").write_text(text)

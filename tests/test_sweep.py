@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -226,8 +227,9 @@ def test_an_interrupted_sweep_under_joblib_ends_the_jobs_that_run(tmp_path, comm
     argv = command("-m", "launcher=joblib", "sparsity=0.5,0.9", "latency.enabled=false", "hydra.sweep.dir=out")
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(
-            argv, cwd=tmp_path, env=settings() | {"PYTHONPATH": str(tmp_path)}, stdout=log, stderr=log
-        )
+            argv, cwd=tmp_path, env=settings() | {"PYTHONPATH": str(tmp_path)}, stdout=log, stderr=log,
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's `&` has it ignored
+        )  # fmt: skip
         try:
             end = time.monotonic() + 100
             while not (tmp_path / "out" / "0" / "record.json").exists():  # that of a job that has begun

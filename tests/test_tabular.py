@@ -50,7 +50,7 @@ def test_latex_has_as_many_columns_as_each_line_has_cells_and_nothing_unescaped(
 def test_a_latex_caption_holds_the_pages_prose_without_marks():
     note = "**No evidence** about `x` at 50%, see [its page](a_b.md)."
     page = Page("some", "Some", ["Of 3 runs.", "On a GPU.", Table("t", {"a": "{a}"}, [{"a": 1}], "T", note), "More."])
-    expected = r"\caption[{some: T}]{some: T. No evidence about x at 50\%, see its page. Of 3 runs. On a GPU.}"
+    expected = r"\caption[{some: T}]{some: T. Of 3 runs. On a GPU. No evidence about x at 50\%, see its page.}"
     assert expected in page.files()["some.t.tex"]
 
 

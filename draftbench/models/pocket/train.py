@@ -311,10 +311,11 @@ def main(arguments: list[str]) -> None:
     if not 1 <= settings.gpus <= torch.cuda.device_count():
         raise SystemExit(f"gpus must be from 1 to the {torch.cuda.device_count()} that torch sees, got {settings.gpus}")
     Path(settings.out).mkdir(parents=True, exist_ok=True)
-    (Path(settings.out) / ".rendezvous").unlink(missing_ok=True)
-    with ExitStack() as held:  # in one order, so that no two wait for one another
-        for rank in range(settings.gpus):
+    ranks = sorted(range(settings.gpus), key=lambda rank: str(torch.cuda.get_device_properties(rank).uuid))
+    with ExitStack() as held:  # in an order of the GPUs' own, so that no two wait for one another
+        for rank in ranks:
             held.enter_context(alone(torch.device("cuda", rank)))
+        (Path(settings.out) / ".rendezvous").unlink(missing_ok=True)
         if settings.gpus == 1:
             worker(0, settings)
         else:
