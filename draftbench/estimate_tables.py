@@ -19,6 +19,7 @@ def page(rows: Sequence[Row], source: str) -> Page:
     """The tables of one file of records; ValueError, naming the field, for rows that cannot share one."""
     for name in SAME:
         check_alike((row[name] for row in rows), name, source)
+    check_alike(((row["requested"] or {}).get("executor", "auto") for row in rows), "executor", source)
     first = rows[0]
     about = (
         f"The estimate of each method at one attention call on {first['device']}; "

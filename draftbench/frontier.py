@@ -100,6 +100,7 @@ def figure(drawing: Drawing, path: Path, digest: str) -> None:
     picture = canvas(8 * len(drawing.panels), 5.2)
     from matplotlib.ticker import LogLocator  # it is there, or `canvas` has said what to install
 
+    names: list[dict[Point, str]] = []
     for axes, panel in zip(picture.subplots(1, len(drawing.panels), squeeze=False)[0], drawing.panels, strict=True):
         shape, points, dense, quality, time = panel
         levels = {point.sparsity for point in points}
@@ -118,11 +119,11 @@ def figure(drawing: Drawing, path: Path, digest: str) -> None:
         axes.xaxis.set_minor_formatter("")
         if dense or not level:
             axes.legend(fontsize=7)
+        names.append({point: point.method if level else f"{point.sparsity:.0%}" for point in points})
     picture.suptitle(drawing.about, fontsize=7)
     picture.draw_without_rendering()  # the axes have their size only now
-    for axes, panel in zip(picture.axes, drawing.panels, strict=True):
-        one = len({point.sparsity for point in panel.points}) == 1
-        _write(axes, {point: point.method if one else f"{point.sparsity:.0%}" for point in panel.points})
+    for axes, texts in zip(picture.axes, names, strict=True):
+        _write(axes, texts)
     save(picture, path, digest)
 
 

@@ -293,9 +293,8 @@ def _methods(cells: Cells, rule: Contrasts) -> Table:
         note += f" Means over some of the clips, to be compared by the contrasts alone: {', '.join(part)}."
     if timed:
         note += " Generate s, and what divides by it, is the first clip's of a job, which alone is timed."
-        clips = {key: [row for row in group if row["generate_s"] is not None] for key, group in cells.items()}
-        made = {key: len({row["baseline_id"] for row in group}) for key, group in clips.items()}
-        if several := [f"{cell(cells[key][0])} ({number})" for key, number in made.items() if number > 1]:
+        jobs = [(g[0], {row["baseline_id"] for row in g if row["generate_s"] is not None}) for g in cells.values()]
+        if several := [f"{cell(row)} ({len(timings)})" for row, timings in jobs if len(timings) > 1]:
             note += f" Of several jobs, the mean of theirs, each over its own dense timing: {', '.join(several)}."
     columns: dict[str, Column] = labels(cells) | {
         "clips": "{clips}", "achieved": _achieved(all_steps(_rows(cells))), "density": "{density_effective:.3f}",

@@ -128,15 +128,16 @@ def upgrade(record: Mapping[str, Any]) -> dict[str, Any]:
     lacking: dict[str, Any] = {name: None for name in _fields(record) if name not in record}
     if "lpips_net" in lacking:
         lacking["lpips_net"] = "alex"  # whose weights came along, and the setting unless asked otherwise
-    placed = {"method_settings": placeless(record["method_settings"])} if record.get("method_settings") else {}
-    return {**lacking, **record, **placed, "schema_version": SCHEMA_VERSION}
+    found = {**lacking, **record, "schema_version": SCHEMA_VERSION}
+    if isinstance(settings := record.get("method_settings"), Mapping):
+        found["method_settings"] = placeless(settings)
+    return found
 
 
-def placeless(settings: Any) -> Any:
+def placeless(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A method's settings, and those of a method it holds, without where a calibration lies: a path of one machine."""
-    if not isinstance(settings, Mapping):
-        return settings
-    return {name: None if name == "calibration" else placeless(value) for name, value in settings.items()}
+    held = {name: placeless(value) for name, value in settings.items() if isinstance(value, Mapping)}
+    return {**settings, **held, **({"calibration": None} if "calibration" in settings else {})}
 
 
 def _check_types(record: Mapping[str, Any]) -> None:

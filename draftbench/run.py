@@ -415,7 +415,7 @@ class Progress(Watch):
 def _plain(method: Method) -> dict[str, Any]:
     """The settings of a method; where a calibration lies is none, since `calibrated` holds what was read there."""
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(method).items()}
-    return {**records.placeless(plain)}
+    return records.placeless(plain)
 
 
 def _file(kind: type) -> Path:

@@ -33,7 +33,7 @@ from draftbench.kernels.padded import even
 from torch import Tensor
 
 from ..attention import Plan
-from ..layout import Box, Identity, Layout, permutation
+from ..layout import Box, Identity, Layout
 from ..parts import part
 
 BLOCK = 128
@@ -89,14 +89,13 @@ def _loose(q: Tensor, k: Tensor, v: Tensor, plan: Plan, layout: Layout) -> tuple
     Behind a smaller block its neighbour's tokens are read and have weight 0, so values must be finite.
     """
     from draftbench.kernels.gluon_forward import forward
-    from draftbench.kernels.triton import ordered, schedule
+    from draftbench.kernels.triton import in_order, schedule
 
     batch, length, heads, _ = q.shape
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)  # padding of text lies in no block
     lse = torch.full((batch, heads, length), -torch.inf, dtype=torch.float32, device=q.device)
     with part("order"):
-        q_order, kv_order = (permutation(order, layout, q.device) for order in (plan.q_order, plan.kv_order))
-        q, k, v = (ordered(x, order) for x, order in ((q, q_order), (k, kv_order), (v, kv_order)))
+        q, k, v, q_order, kv_order = in_order(q, k, v, plan, layout)
         q, k, v = (x if x.stride(2) == x.shape[3] else x.contiguous() for x in (q, k, v))
         if layout.text and not even(plan, layout, batch):
             v = v.clone() if kv_order is None else v  # a gathered one is ours

@@ -508,21 +508,8 @@ def attention(
     order = (ORDER, o_b, o_h)
     ours = (out_video, out_text, OUT, LSE, starts, order, scale, length, tiles, barriers, mail, lists, grid, boxes)
     theirs = (
-        q_video,
-        k_video,
-        v_video,
-        q_text,
-        k_text,
-        v_text,
-        TAKEN,
-        starts,
-        tiles,
-        barriers,
-        mail,
-        lists,
-        grid,
-        boxes,
-    )
+        q_video, k_video, v_video, q_text, k_text, v_text, TAKEN, starts, tiles, barriers, mail, lists, grid, boxes,
+    )  # fmt: skip
     gl.warp_specialize(
         [
             (_rows, (ours, 0, BOX, CUT, HALF, D, STAGES, RUNNING, LOOSE, ORDERED, dtype)),

@@ -45,8 +45,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, layout: Layout) -> tuple[Te
     """See `draftbench.kernels`; the first call of a shape tries the launch parameters in `CONFIGS`."""
     batch, length, heads, dim = q.shape
     with part("order"):
-        q_order, kv_order = (permutation(order, layout, q.device) for order in (plan.q_order, plan.kv_order))
-        q, k, v = (ordered(x, order) for x, order in ((q, q_order), (k, kv_order), (v, kv_order)))
+        q, k, v, q_order, _ = in_order(q, k, v, plan, layout)
         rows, counts, whole, blocks = schedule(plan, layout, batch, "start")
     out = torch.zeros(batch, length, heads, dim, dtype=q.dtype, device=q.device)
     lse = torch.full((batch, heads, length), -torch.inf, dtype=torch.float32, device=q.device)
@@ -113,8 +112,15 @@ def schedule(
     return counts.flatten(0, 1).argsort(dim=-1, descending=True, stable=True).int(), counts, whole, blocks
 
 
-def ordered(x: Tensor, order: Tensor | None) -> Tensor:
-    """x [B, S, H, D] in an order of `permutation`, as the copy engine can read it."""
+def in_order(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, layout: Layout
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """q, k, v [B, S, H, D] in a plan's orders, as the copy engine can read them, and both orders (`permutation`)."""
+    q_order, kv_order = (permutation(order, layout, q.device) for order in (plan.q_order, plan.kv_order))
+    return _ordered(q, q_order), _ordered(k, kv_order), _ordered(v, kv_order), q_order, kv_order
+
+
+def _ordered(x: Tensor, order: Tensor | None) -> Tensor:
     if order is not None:
         return take(x, order)
     return x if side_by_side(x) else x.contiguous()

@@ -52,6 +52,13 @@ def test_a_plan_runs_on_the_executor_that_is_asked_for(tmp_path):
     assert "| reference |" in (tmp_path / "table.md").read_text()
 
 
+def test_rows_of_two_executors_share_no_page(run):
+    ran = run[2]["draft"]
+    other = ran | {"requested": ran["requested"] | {"executor": "reference"}}
+    with pytest.raises(ValueError, match="x: rows with different executor share no table: 'auto', 'reference'"):
+        estimate_tables.page([ran, other], "x")
+
+
 def test_what_a_method_keeps_between_steps_is_there_and_stays_as_it_was():
     case = method_bench.dense_case(method_bench.SHAPES["tiny"], "turn left", 0)
     one = method_bench.Midway(case, method_bench.made_for(case.shape, "re_ttention", 0.6))

@@ -238,6 +238,16 @@ def test_promote_refuses_what_tables_would(tmp_path, capsys):
         assert source.read_text() == "before" and list(out.iterdir()) == [source]
 
 
+@pytest.mark.parametrize("kind", ["attention", "step", "methods"])
+def test_every_committed_row_of_a_bench_is_whole_and_one_that_lacks_anything_needed_is_not(kind):
+    paths = (Path(__file__).parent.parent / "results" / "records").glob("*.jsonl")
+    rows = [row for row in records.read_all(sorted(paths), whole=True) if row["kind"] == kind]
+    done = next(row for row in rows if row["status"] == "ok")
+    for name in (*records.NEEDED[kind], *records.MEASURED.get(kind, ())):
+        with pytest.raises(ValueError, match=f"it has no {name}$"):
+            records.check_whole(done | {name: None})
+
+
 @pytest.mark.parametrize("name", ["kind", "versions", "sparsity"])
 def test_promote_refuses_what_no_table_could_take(tmp_path, name):
     folder = run_folder(tmp_path, record(), record(cell_id="c1") | {name: None})
@@ -278,8 +288,10 @@ ABSENT = {  # what records of an older version do not have
 
 def test_where_a_calibration_lay_is_not_read():
     settings = {"top_p": None, "calibration": "/somewhere/svg2.yaml", "calibrated": {"value": 0.5}}
-    row = records.new(cell_id="c0", status="ok") | {"method_settings": settings}
-    assert records.upgrade(row)["method_settings"] == settings | {"calibration": None}
+    nowhere = settings | {"calibration": None}
+    for made, read in ((settings, nowhere), ({"like": settings}, {"like": nowhere}), ({"block": 128}, {"block": 128})):
+        row = records.new(cell_id="c0", status="ok") | {"method_settings": made}
+        assert records.upgrade(row)["method_settings"] == read
 
 
 @pytest.mark.parametrize("version", ABSENT)

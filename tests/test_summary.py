@@ -26,6 +26,16 @@ def test_no_mean_is_over_cells_of_other_settings():
     assert "model.guidance=4.5" in summary.table([row(psnr_db=20.0, **kind) for kind in kinds[1:3]])
 
 
+def test_two_calibrations_of_one_method_are_told_apart():
+    """By a digest, as their accounts are long; by the weights alone where those differ."""
+    kinds = [{"calibrated": {"value": value}, "calibration": None} for value in (0.5, 0.6)]
+    rows = [row("svg2", method_settings=kind, weights_hash="a") for kind in kinds]
+    first, second = summary.differing([{**one, "variant": summary.variant(one)} for one in rows])
+    assert first != second and first.startswith("calibrated=") and len(first) == len("calibrated=") + 8
+    rows[1]["weights_hash"] = "b"
+    assert summary.differing([{**one, "variant": summary.variant(one)} for one in rows]) == ["weights=a", "weights=b"]
+
+
 def test_table_has_the_baseline_first_means_and_dashes():
     rows = [
         row(psnr_db=20.0, lpips=0.1),

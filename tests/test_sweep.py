@@ -237,7 +237,7 @@ def test_an_interrupted_sweep_under_joblib_ends_the_jobs_that_run(tmp_path, comm
                 time.sleep(0.1)
             process.send_signal(signal.SIGINT)  # to it alone, as by kill, and not to its jobs as from a terminal
             with suppress(subprocess.TimeoutExpired):
-                process.wait(100)
+                process.wait(60)
             code = process.poll()
         finally:
             process.kill()

@@ -82,3 +82,7 @@ def test_a_picture_that_another_took_the_place_of_is_found(tmp_path):
             about.add_text(name, str(text))
         Image.new(image.mode, image.size, "red").save(tmp_path / "a.png", pnginfo=about)
     assert drawn_from(tmp_path / "a.png") is None
+    save(figure, tmp_path / "a.png", "abc")
+    data = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(data.replace(b"IDAT", b"\0\0\0\0"))
+    assert drawn_from(tmp_path / "a.png") is None
